@@ -1,0 +1,199 @@
+"""Names and columns of the lakehouse tables: the contract between ingestion, features, models and readers.
+
+A column type is one of ``string``, ``double``, ``long``, ``int``, ``boolean``, ``timestamp`` (UTC, microseconds), ``date``
+and ``array<string>``; :func:`arrow_schema` turns a table's columns into Arrow, :func:`spark_ddl` into Spark DDL.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+DOMAINS = ("patient_vitals", "lab_results", "medications", "adverse_events", "subjects")
+
+QUARANTINE = "quarantine/records"
+DUPLICATES = "quarantine/duplicates"
+FEATURES = "gold/patient_features"
+TRAINING_SET = "gold/training_set"
+PREDICTIONS = "gold/predictions"
+PREDICTION_OUTCOMES = "gold/prediction_outcomes"
+
+
+def bronze(domain: str) -> str:
+    """Return the path of a domain's raw table."""
+    return f"bronze/{domain}"
+
+
+def silver(domain: str) -> str:
+    """Return the path of a domain's typed table."""
+    return f"silver/{domain}"
+
+
+BRONZE_COLUMNS: dict[str, str] = {
+    "source": "string",  # "kafka:<topic>" or "file:<name>"
+    "source_position": "string",  # "<topic>-<partition>-<offset>", or "<file>@<sha256, 12 hex>#<row>", 0-based
+    "ingested_at": "timestamp",
+    "received_at": "timestamp",  # Kafka record time; null for files, where the record itself says when it was collected
+    "trial": "string",  # name of the trial profile
+    "record_format": "string",  # "message" (contract JSON) or "sdtm:<DOMAIN>" (one SDTM row as JSON)
+    "payload": "string",  # as received; bytes that are no UTF-8 are kept as base64 and flagged by payload_encoding
+    "payload_encoding": "string",  # "utf-8" or "base64"
+}
+
+_COMMON: dict[str, str] = {
+    "trial": "string",
+    "patient_id": "string",
+    "event_time": "timestamp",
+    "received_at": "timestamp",  # when the platform could first know the record (Kafka time, SDTM collection date)
+    "source": "string",
+    "source_position": "string",
+    "ingested_at": "timestamp",
+    "record_key": "string",  # natural key of the record, hashed: equal keys describe the same observation
+    "content_hash": "string",  # hash of what the record says: equal key and content is a duplicate
+}
+
+SILVER_COLUMNS: dict[str, dict[str, str]] = {
+    "patient_vitals": {
+        **_COMMON,
+        "test_code": "string",  # SDTM VSTESTCD: SYSBP, DIABP, PULSE, HR, TEMP, OXYSAT, RESP, WEIGHT, HEIGHT
+        "value": "double",  # in `unit`
+        "unit": "string",  # standard unit: mmHg, beats/min, C, %, kg, cm
+        "original_value": "string",
+        "original_unit": "string",
+        "visit": "string",
+        "body_position": "string",  # VSPOS
+        "time_point": "string",  # VSTPT
+        "baseline_flag": "boolean",  # VSBLFL
+        "site": "string",
+        "arm": "string",
+    },
+    "lab_results": {
+        **_COMMON,
+        "test_code": "string",
+        "value": "double",  # null for text results
+        "unit": "string",
+        "original_value": "string",
+        "original_unit": "string",
+        "text_value": "string",  # LBSTRESC where the result is no number ("<3.42", "YELLOW")
+        "test_name": "string",
+        "category": "string",
+        "reference_low": "double",
+        "reference_high": "double",
+        "reference_indicator": "string",  # LOW, NORMAL, HIGH, ABNORMAL
+        "visit": "string",
+        "baseline_flag": "boolean",
+        "lab_id": "string",
+    },
+    "medications": {
+        **_COMMON,  # event_time: start of the medication, or its collection where the start is unknown
+        "drug_name": "string",
+        "standardized_name": "string",
+        "drug_class": "string",
+        "dose": "double",
+        "dose_unit": "string",
+        "route": "string",
+        "frequency": "string",
+        "indication": "string",
+        "start_time": "timestamp",  # earliest time the (possibly partial) start date allows
+        "start_precision": "string",  # year, month, day, minute, second, missing
+        "end_time": "timestamp",  # latest time the end date allows; null while ongoing
+        "study_drug": "boolean",  # true for EX records
+    },
+    "adverse_events": {
+        **_COMMON,  # event_time: onset
+        "event_type": "string",
+        "body_system": "string",
+        "severity": "string",  # CTCAE grade_1 .. grade_5
+        "serious": "boolean",
+        "event_id": "string",
+        "causality": "string",
+        "outcome": "string",
+        "onset_precision": "string",
+        "end_time": "timestamp",
+        "reported_by": "string",
+    },
+    "subjects": {
+        **_COMMON,  # event_time: informed consent or first collection of demographics
+        "study_id": "string",
+        "site": "string",
+        "arm": "string",  # planned
+        "actual_arm": "string",
+        "age_years": "double",
+        "sex": "string",
+        "race": "string",
+        "ethnicity": "string",
+        "country": "string",
+        "treatment_start": "timestamp",  # RFSTDTC; null for screen failures
+        "treatment_end": "timestamp",  # RFENDTC
+        "death_time": "timestamp",
+        "screen_failure": "boolean",
+    },
+}
+
+QUARANTINE_COLUMNS: dict[str, str] = {
+    "table": "string",  # bronze domain
+    "trial": "string",
+    "source": "string",
+    "source_position": "string",
+    "reasons": "array<string>",  # "<rule>: <what is wrong>", never a patient identifier
+    "payload": "string",
+    "quarantined_at": "timestamp",
+}
+
+DUPLICATES_COLUMNS: dict[str, str] = {
+    "table": "string",
+    "trial": "string",
+    "source": "string",
+    "source_position": "string",
+    "duplicate_of": "string",  # source_position of the accepted record
+    "detected_at": "timestamp",
+}
+
+# gold/patient_features: these, then one nullable double a feature of the trial's profile
+FEATURE_KEY_COLUMNS: dict[str, str] = {
+    "trial": "string",
+    "patient_id": "string",
+    "feature_time": "timestamp",
+    "feature_date": "date",  # UTC date of feature_time; the partition column
+}
+
+PREDICTIONS_COLUMNS: dict[str, str] = {
+    "prediction_id": "string",
+    "predicted_at": "timestamp",
+    "prediction_date": "date",
+    "trial": "string",
+    "patient_id": "string",  # null where the caller sent features only
+    "model_name": "string",
+    "model_version": "string",
+    "probability": "double",
+    "risk_band": "string",
+    "feature_time": "timestamp",
+    "feature_age_seconds": "double",
+    "stale": "boolean",
+    "features": "string",  # JSON object, as given to the model
+}
+
+_ARROW_TYPES = {
+    "string": "string", "double": "float64", "long": "int64", "int": "int32", "boolean": "bool_", "date": "date32",
+}  # fmt: skip
+
+
+def arrow_schema(columns: dict[str, str]) -> pa.Schema:
+    """Return the Arrow schema of a column mapping of this module."""
+    import pyarrow as pa
+
+    def arrow_type(name: str) -> pa.DataType:
+        if name == "timestamp":
+            return pa.timestamp("us", tz="UTC")
+        if name == "array<string>":
+            return pa.list_(pa.string())
+        return getattr(pa, _ARROW_TYPES[name])()
+
+    return pa.schema([pa.field(column, arrow_type(kind)) for column, kind in columns.items()])
+
+
+def spark_ddl(columns: dict[str, str]) -> str:
+    """Return the Spark DDL string of a column mapping of this module."""
+    return ", ".join(f"`{column}` {kind}" for column, kind in columns.items())
