@@ -1,0 +1,652 @@
+"""Kafka: read topics from explicit offsets, produce with full acknowledgement, look after topics and lag.
+
+The reader trusts no consumer group: its caller names the first offset of every partition and learns, with each batch,
+the offset after it, gaps of compacted or transactional topics included. Group offsets are only published, for tools
+that show lag (:meth:`TopicAdmin.commit_group`).
+
+The adapters use confluent-kafka, imported when a client is built. Times are milliseconds since the epoch, as Kafka
+keeps them; :attr:`Message.time` is the UTC time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from clinical_orchestration.settings import ClientSettings
+
+Headers = tuple[tuple[str, bytes], ...]
+
+
+class KafkaUnavailableError(RuntimeError):
+    """No broker answered in time; the message says which address was tried and what to do."""
+
+
+class UnknownTopicError(LookupError):
+    """The topic does not exist; the message names it."""
+
+
+class OffsetOutOfRangeError(RuntimeError):
+    """An offset asked for is no longer, or not yet, in its partition."""
+
+
+class DeliveryError(RuntimeError):
+    """Some records were not acknowledged.
+
+    Attributes:
+        delivered: positions of those that were, by their index in the call.
+        failed: reasons by index in the call. A record that timed out may still have reached the log: sending it again
+            can repeat it, which the silver step recognises as a duplicate.
+    """
+
+    def __init__(self, failed: Mapping[int, str], delivered: Mapping[int, Position]) -> None:
+        self.failed = dict(failed)
+        self.delivered = dict(delivered)
+        reasons = ", ".join(sorted(set(self.failed.values())))
+        super().__init__(
+            f"{len(self.failed)} of {len(self.failed) + len(self.delivered)} records were not delivered: {reasons}"
+        )
+
+
+class Position(NamedTuple):
+    """Where one record is in Kafka."""
+
+    topic: str
+    partition: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.topic}-{self.partition}-{self.offset}"
+
+
+class Message(NamedTuple):
+    """One record as read from a partition. `timestamp_ms` is -1 where the record has none."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp_ms: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers = ()
+
+    @property
+    def position(self) -> str:
+        """``<topic>-<partition>-<offset>``, the `source_position` of the bronze row."""
+        return f"{self.topic}-{self.partition}-{self.offset}"
+
+    @property
+    def time(self) -> datetime | None:
+        """The record's UTC time, or None."""
+        return datetime.fromtimestamp(self.timestamp_ms / 1000, tz=UTC) if self.timestamp_ms >= 0 else None
+
+    def header(self, name: str) -> str | None:
+        """Return the last header called `name` as text, or None."""
+        for key, value in reversed(self.headers):
+            if key == name and value is not None:
+                return value.decode("utf-8", "replace")
+        return None
+
+
+class Record(NamedTuple):
+    """One record to produce. `timestamp_ms` None takes the time of production."""
+
+    topic: str
+    value: bytes | None
+    key: bytes | None = None
+    headers: Headers = ()
+    timestamp_ms: int | None = None
+
+
+class OffsetRange(NamedTuple):
+    """First offset that is kept, and the offset after the last committed one."""
+
+    begin: int
+    end: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """Messages of one topic and, for every partition asked for, the offset to read next."""
+
+    messages: list[Message]
+    positions: dict[int, int] = field(default_factory=dict)
+
+
+class TopicReader(Protocol):
+    """Reads topics by explicit offsets."""
+
+    def topics(self) -> list[str]:
+        """Return the names of all topics that are not internal, sorted."""
+
+    def topic_id(self, topic: str) -> str:
+        """Return the identity of this incarnation of the topic; it changes when a topic is deleted and made again."""
+
+    def offsets(self, topic: str) -> dict[int, OffsetRange]:
+        """Return the kept offset range of every partition; the end counts committed transactions only.
+
+        Raises:
+            UnknownTopicError: there is no such topic.
+            KafkaUnavailableError: no broker answers.
+        """
+
+    def read(self, topic: str, ranges: Mapping[int, OffsetRange], *, max_messages: int) -> Iterator[Batch]:
+        """Yield the messages of partition -> [begin, end) in batches of at most `max_messages`.
+
+        Within a partition the order is that of the log. The last batch's positions are the ends of all ranges.
+
+        Raises:
+            OffsetOutOfRangeError: retention removed an offset meanwhile.
+            KafkaUnavailableError: no broker answers.
+        """
+
+    def close(self) -> None:
+        """Release connections."""
+
+
+class Producer(Protocol):
+    """Produces records and answers only when every replica in sync has them."""
+
+    def send(self, records: Sequence[Record], *, timeout: float = 30.0) -> list[Position]:
+        """Produce all records and return their positions, in the order given.
+
+        Args:
+            records: what to produce; records of one key keep their order.
+            timeout: seconds after which records not acknowledged count as failed.
+
+        Raises:
+            DeliveryError: at least one record was not acknowledged; it names which.
+        """
+
+    def close(self) -> None:
+        """Release connections."""
+
+
+class TopicAdmin(Protocol):
+    """Makes topics and publishes group offsets."""
+
+    def ensure_topics(self, topics: Iterable[str], *, partitions: int = 3) -> list[str]:
+        """Make the topics that do not exist and return their names. Existing topics are left as they are."""
+
+    def commit_group(self, group: str, offsets: Mapping[tuple[str, int], int]) -> None:
+        """Publish next offsets by (topic, partition) as those of a consumer group without members."""
+
+    def group_offsets(self, group: str) -> dict[tuple[str, int], int]:
+        """Return the published next offsets of a group by (topic, partition)."""
+
+    def lag(self, group: str, topics: Iterable[str]) -> dict[tuple[str, int], int]:
+        """Return, by (topic, partition), how many offsets the group is behind the end."""
+
+    def close(self) -> None:
+        """Release connections."""
+
+
+def _advice(servers: str) -> str:
+    return (
+        f"no Kafka broker answered at {servers}; start it (./pipeline-manager.sh --start --level 0), "
+        "or set KAFKA_BOOTSTRAP_SERVERS to a broker that runs"
+    )
+
+
+def _ignore_event(*_: object) -> None:
+    """Drop broker connection events: requests and deliveries carry their own errors."""
+
+
+class ConfluentTopicAdmin:
+    """:class:`TopicAdmin` by confluent-kafka."""
+
+    def __init__(self, bootstrap_servers: str, *, timeout: float = 10.0, options: Mapping[str, Any] | None = None):
+        from confluent_kafka.admin import AdminClient
+
+        self._servers = bootstrap_servers
+        self._timeout = timeout
+        config = {"bootstrap.servers": bootstrap_servers, "error_cb": _ignore_event, **(options or {})}
+        self._client = AdminClient(config, logger=_silent_logger())
+
+    def _result(self, future: Any, what: str) -> Any:
+        from concurrent.futures import TimeoutError as FutureTimeoutError
+
+        from confluent_kafka import KafkaError, KafkaException
+
+        try:
+            return future.result(self._timeout + 1)
+        except FutureTimeoutError as error:
+            raise KafkaUnavailableError(_advice(self._servers)) from error
+        except KafkaException as error:
+            code = error.args[0].code()
+            if code in _unavailable_codes():
+                raise KafkaUnavailableError(_advice(self._servers)) from error
+            if code in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION):
+                raise UnknownTopicError(f"there is no topic {what}") from error
+            raise RuntimeError(f"{what}: {error.args[0].str()}") from error
+
+    def partitions(self) -> dict[str, list[int]]:
+        """Return the partitions of every topic that is not internal.
+
+        Raises:
+            KafkaUnavailableError: no broker answers.
+        """
+        from confluent_kafka import KafkaException
+
+        try:
+            metadata = self._client.list_topics(timeout=self._timeout)
+        except KafkaException as error:
+            raise KafkaUnavailableError(_advice(self._servers)) from error
+        return {
+            name: sorted(topic.partitions)
+            for name, topic in metadata.topics.items()
+            if topic.error is None and not name.startswith("__")
+        }
+
+    def topics(self) -> list[str]:
+        """Return the names of all topics that are not internal, sorted."""
+        return sorted(self.partitions())
+
+    def topic_id(self, topic: str) -> str:
+        """Return the broker's UUID of this incarnation of the topic."""
+        from confluent_kafka import TopicCollection
+
+        futures = self._client.describe_topics(TopicCollection([topic]), request_timeout=self._timeout)
+        return str(self._result(futures[topic], topic).topic_id)
+
+    def offsets(self, topic: str) -> dict[int, OffsetRange]:
+        """Return the kept offset range of every partition of `topic`."""
+        from confluent_kafka import IsolationLevel, TopicPartition
+        from confluent_kafka.admin import OffsetSpec
+
+        partitions = self.partitions().get(topic)
+        if partitions is None:
+            raise UnknownTopicError(f"there is no topic {topic}")
+        bounds: list[dict[int, int]] = []
+        for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):
+            futures = self._client.list_offsets(
+                {TopicPartition(topic, partition): spec for partition in partitions},
+                isolation_level=IsolationLevel.READ_COMMITTED,
+                request_timeout=self._timeout,
+            )
+            bounds.append({key.partition: self._result(future, topic).offset for key, future in futures.items()})
+        begins, ends = bounds
+        return {partition: OffsetRange(begins[partition], ends[partition]) for partition in partitions}
+
+    def ensure_topics(self, topics: Iterable[str], *, partitions: int = 3) -> list[str]:
+        """Make the topics that do not exist and return their names, replicated as the broker's default says."""
+        from confluent_kafka import KafkaError, KafkaException
+        from confluent_kafka.admin import NewTopic
+
+        existing = set(self.partitions())
+        missing = [
+            NewTopic(topic, num_partitions=partitions) for topic in dict.fromkeys(topics) if topic not in existing
+        ]
+        made = []
+        if missing:
+            futures = self._client.create_topics(missing, request_timeout=self._timeout)
+            for topic, future in futures.items():
+                try:
+                    future.result(self._timeout + 1)
+                except KafkaException as error:
+                    if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                        raise RuntimeError(f"topic {topic} could not be made: {error.args[0].str()}") from error
+                else:
+                    made.append(topic)
+            self._await_topics([topic.topic for topic in missing])
+        return made
+
+    def _await_topics(self, topics: Sequence[str]) -> None:
+        """Wait until the metadata shows the new topics, so that the caller's next request finds them."""
+        deadline = time.monotonic() + self._timeout
+        while not set(topics) <= set(self.partitions()):
+            if time.monotonic() > deadline:
+                raise KafkaUnavailableError(f"the broker at {self._servers} does not show the topics it just made")
+            time.sleep(0.05)
+
+    def delete_topics(self, topics: Iterable[str]) -> None:
+        """Delete topics and their messages; for tests and for a study's end."""
+        for topic, future in self._client.delete_topics(list(topics), request_timeout=self._timeout).items():
+            self._result(future, topic)
+
+    def delete_records(self, topic: str, before: Mapping[int, int]) -> None:
+        """Delete the messages of each partition before an offset, as retention does."""
+        from confluent_kafka import TopicPartition
+
+        wanted = [TopicPartition(topic, partition, offset) for partition, offset in before.items()]
+        for future in self._client.delete_records(wanted, request_timeout=self._timeout).values():
+            self._result(future, topic)
+
+    def commit_group(self, group: str, offsets: Mapping[tuple[str, int], int]) -> None:
+        """Publish next offsets as those of a consumer group without members."""
+        from confluent_kafka import ConsumerGroupTopicPartitions, TopicPartition
+
+        if not offsets:
+            return
+        wanted = [TopicPartition(topic, partition, offset) for (topic, partition), offset in offsets.items()]
+        futures = self._client.alter_consumer_group_offsets(
+            [ConsumerGroupTopicPartitions(group, wanted)], request_timeout=self._timeout
+        )
+        for future in futures.values():
+            self._result(future, f"consumer group {group}")
+
+    def group_offsets(self, group: str) -> dict[tuple[str, int], int]:
+        """Return the published next offsets of a group."""
+        from confluent_kafka import ConsumerGroupTopicPartitions
+
+        futures = self._client.list_consumer_group_offsets(
+            [ConsumerGroupTopicPartitions(group)], request_timeout=self._timeout
+        )
+        answer = self._result(futures[group], f"consumer group {group}")
+        return {(item.topic, item.partition): item.offset for item in answer.topic_partitions if item.offset >= 0}
+
+    def lag(self, group: str, topics: Iterable[str]) -> dict[tuple[str, int], int]:
+        """Return how many offsets the group is behind the end of each partition."""
+        committed = self.group_offsets(group)
+        return {
+            (topic, partition): bounds.end - max(committed.get((topic, partition), bounds.begin), bounds.begin)
+            for topic in topics
+            for partition, bounds in self.offsets(topic).items()
+        }
+
+    def close(self) -> None:
+        """Release nothing: the client closes its sockets when it is collected."""
+
+
+class ConfluentTopicReader:
+    """:class:`TopicReader` by confluent-kafka; not for use by several threads at once."""
+
+    def __init__(
+        self,
+        bootstrap_servers: str,
+        *,
+        group: str = "clinical-ingestion",
+        timeout: float = 10.0,
+        stall_timeout: float = 30.0,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._servers = bootstrap_servers
+        self._stall_timeout = stall_timeout
+        self._options = dict(options or {})
+        self._group = group
+        self._admin = ConfluentTopicAdmin(bootstrap_servers, timeout=timeout, options=options)
+
+    def topics(self) -> list[str]:
+        """Return the names of all topics that are not internal, sorted."""
+        return self._admin.topics()
+
+    def topic_id(self, topic: str) -> str:
+        """Return the broker's UUID of this incarnation of the topic."""
+        return self._admin.topic_id(topic)
+
+    def offsets(self, topic: str) -> dict[int, OffsetRange]:
+        """Return the kept offset range of every partition of `topic`."""
+        return self._admin.offsets(topic)
+
+    def read(self, topic: str, ranges: Mapping[int, OffsetRange], *, max_messages: int) -> Iterator[Batch]:
+        """Yield the messages of the ranges in batches; see :class:`TopicReader`."""
+        from confluent_kafka import Consumer, KafkaError, TopicPartition
+
+        ends = {partition: bounds.end for partition, bounds in ranges.items() if bounds.end > bounds.begin}
+        positions = {partition: bounds.begin for partition, bounds in ranges.items()}
+        if not ends:
+            return
+        consumer = Consumer(
+            {
+                "bootstrap.servers": self._servers,
+                "group.id": self._group,  # required by the client; never committed to from here
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "auto.offset.reset": "error",  # an offset out of range is an error, never a jump
+                "enable.partition.eof": True,  # tells the position behind a gap at the end of a partition
+                "isolation.level": "read_committed",
+                "fetch.wait.max.ms": 50,
+                "error_cb": _ignore_event,
+                **self._options,
+            },
+            logger=_silent_logger(),
+        )
+        try:
+            consumer.assign([TopicPartition(topic, partition, positions[partition]) for partition in ends])
+            pending = dict(ends)
+            messages: list[Message] = []
+            heard = time.monotonic()
+            while pending:
+                received = consumer.consume(min(max_messages - len(messages), 10_000), timeout=0.5)
+                if received:
+                    heard = time.monotonic()
+                elif time.monotonic() - heard > self._stall_timeout:
+                    raise KafkaUnavailableError(
+                        f"nothing arrived from topic {topic} for {self._stall_timeout:.0f} s; {_advice(self._servers)}"
+                    )
+                for item in received:
+                    partition = item.partition()
+                    error = item.error()
+                    if error is not None:
+                        if error.code() == KafkaError._PARTITION_EOF:
+                            positions[partition] = max(positions.get(partition, 0), item.offset())
+                        elif error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
+                            raise OffsetOutOfRangeError(f"topic {topic}, partition {partition}: {error.str()}")
+                        elif error.fatal() or not (error.retriable() or error.code() in _unavailable_codes()):
+                            raise RuntimeError(f"topic {topic}: {error.str()}")
+                    elif partition in pending:
+                        offset = item.offset()
+                        if offset >= pending[partition]:
+                            positions[partition] = pending[partition]
+                        else:
+                            stamp = item.timestamp()[1]
+                            headers = tuple(item.headers() or ())
+                            messages.append(Message(topic, partition, offset, stamp, item.key(), item.value(), headers))
+                            positions[partition] = offset + 1
+                    if partition in pending and positions[partition] >= pending[partition]:
+                        positions[partition] = pending.pop(partition)
+                        consumer.incremental_unassign([TopicPartition(topic, partition)])
+                if len(messages) >= max_messages and pending:
+                    yield Batch(messages, dict(positions))
+                    messages = []
+                    heard = time.monotonic()
+            yield Batch(messages, dict(positions))
+        finally:
+            consumer.close()
+
+    def close(self) -> None:
+        """Release connections."""
+        self._admin.close()
+
+
+class ConfluentProducer:
+    """:class:`Producer` by confluent-kafka: idempotent, acks=all, safe to share between threads.
+
+    Args:
+        bootstrap_servers: the brokers.
+        delivery_timeout: seconds after which librdkafka gives a record up; the upper bound of every :meth:`send`.
+        linger: seconds to wait for more records before a request leaves.
+        options: further librdkafka settings, such as TLS and SASL.
+    """
+
+    def __init__(
+        self,
+        bootstrap_servers: str,
+        *,
+        delivery_timeout: float = 20.0,
+        linger: float = 0.002,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        from confluent_kafka import Producer as Client
+
+        self._servers = bootstrap_servers
+        self._delivery_timeout = delivery_timeout
+        self._client = Client(
+            {
+                "bootstrap.servers": bootstrap_servers,
+                "acks": "all",
+                "enable.idempotence": True,
+                "linger.ms": linger * 1000,
+                "delivery.timeout.ms": int(delivery_timeout * 1000),
+                "queue.buffering.max.messages": 200_000,
+                "compression.type": "lz4",
+                "partitioner": "murmur2_random",  # the Java client's choice: one key, one partition, whoever writes
+                "error_cb": _ignore_event,
+                **(options or {}),
+            },
+            logger=_silent_logger(),
+        )
+        self._closed = threading.Event()
+        self._poller: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def _start_poller(self) -> None:
+        """One thread serves the delivery reports of all senders; started by the first send, after any fork."""
+        with self._lock:
+            if self._poller is None:
+                self._poller = threading.Thread(target=self._poll, name="kafka-delivery", daemon=True)
+                self._poller.start()
+
+    def _poll(self) -> None:
+        while not self._closed.is_set():
+            self._client.poll(0.2)
+
+    def send(self, records: Sequence[Record], *, timeout: float | None = None) -> list[Position]:
+        """Produce all records and return their positions; see :class:`Producer`.
+
+        The wait is bounded by `timeout` (seconds) or, without it, by the delivery timeout.
+        """
+        from confluent_kafka import KafkaException
+
+        if not records:
+            return []
+        self._start_poller()
+        limit = timeout if timeout is not None else self._delivery_timeout + 2
+        deadline = time.monotonic() + limit
+        results: list[Position | str | None] = [None] * len(records)
+        collector = _Collector(results)
+        for index, record in enumerate(records):
+            # without a timestamp librdkafka takes the time of production
+            stamp = {} if record.timestamp_ms is None else {"timestamp": record.timestamp_ms}
+            while True:
+                try:
+                    self._client.produce(
+                        record.topic,
+                        value=record.value,
+                        key=record.key,
+                        headers=list(record.headers) or None,
+                        on_delivery=collector.callback(index),
+                        **stamp,
+                    )
+                except BufferError:
+                    if time.monotonic() > deadline:
+                        collector.fail(index, "the local queue stayed full")
+                        break
+                    self._client.poll(0.05)
+                except KafkaException as error:
+                    collector.fail(index, error.args[0].str())
+                    break
+                else:
+                    break
+        collector.done.wait(max(0.0, deadline - time.monotonic()))
+        delivered: dict[int, Position] = {}
+        failed: dict[int, str] = {}
+        for index, result in enumerate(list(results)):
+            if isinstance(result, Position):
+                delivered[index] = result
+            else:
+                failed[index] = result or f"not acknowledged within {limit:g} s"
+        if failed:
+            raise DeliveryError(failed, delivered)
+        return [delivered[index] for index in range(len(records))]
+
+    def close(self) -> None:
+        """Send what is still queued, for at most the delivery timeout, and stop."""
+        self._client.flush(self._delivery_timeout)
+        self._closed.set()
+        if self._poller is not None:
+            self._poller.join(2)
+
+
+class _Collector:
+    """Counts the delivery reports of one :meth:`ConfluentProducer.send`."""
+
+    def __init__(self, results: list[Position | str | None]) -> None:
+        self._results = results
+        self._left = len(results)
+        self._lock = threading.Lock()
+        self.done = threading.Event()
+
+    def fail(self, index: int, reason: str) -> None:
+        self._set(index, reason)
+
+    def callback(self, index: int) -> Callable[[Any, Any], None]:
+        def report(error: Any, message: Any) -> None:
+            self._set(
+                index,
+                error.str() if error is not None else Position(message.topic(), message.partition(), message.offset()),
+            )
+
+        return report
+
+    def _set(self, index: int, result: Position | str) -> None:
+        with self._lock:
+            self._results[index] = result
+            self._left -= 1
+            if not self._left:
+                self.done.set()
+
+
+def _unavailable_codes() -> frozenset[int]:
+    from confluent_kafka import KafkaError
+
+    return frozenset(
+        {
+            KafkaError._TRANSPORT,
+            KafkaError._ALL_BROKERS_DOWN,
+            KafkaError._TIMED_OUT,
+            KafkaError._RESOLVE,
+            KafkaError.REQUEST_TIMED_OUT,
+            KafkaError.BROKER_NOT_AVAILABLE,
+            KafkaError.LEADER_NOT_AVAILABLE,
+            KafkaError.COORDINATOR_NOT_AVAILABLE,
+        }
+    )
+
+
+def _silent_logger() -> Any:
+    """A logger that drops librdkafka's lines: they repeat every second while a broker is away."""
+    import logging
+
+    logger = logging.getLogger("clinical_orchestration.kafka.client")
+    logger.propagate = False
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
+    return logger
+
+
+def topic_reader(settings: ClientSettings | None = None) -> ConfluentTopicReader:
+    """Return a reader for the broker that the environment names."""
+    return ConfluentTopicReader(_servers_of(settings))
+
+
+def topic_admin(settings: ClientSettings | None = None, *, timeout: float = 10.0) -> ConfluentTopicAdmin:
+    """Return an admin client for the broker that the environment names."""
+    return ConfluentTopicAdmin(_servers_of(settings), timeout=timeout)
+
+
+def producer(settings: ClientSettings | None = None) -> ConfluentProducer:
+    """Return a producer for the broker that the environment names."""
+    return ConfluentProducer(_servers_of(settings))
+
+
+@contextlib.contextmanager
+def open_producer(settings: ClientSettings | None = None) -> Iterator[ConfluentProducer]:
+    """Give a producer that is flushed and closed at the end of the block."""
+    client = producer(settings)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def _servers_of(settings: ClientSettings | None) -> str:
+    from clinical_orchestration.settings import ClientSettings as Settings
+
+    return (settings or Settings()).kafka_bootstrap_servers
