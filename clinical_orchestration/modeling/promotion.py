@@ -1,0 +1,121 @@
+"""The promotion rule: may a candidate become the champion that serving uses?
+
+Pure and monotone: a better metric never turns a promotion into a refusal. Both evaluations come from cross-validation
+grouped by subject on the training set of their time, so they estimate the same quantity on possibly different rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clinical_orchestration.modeling.results import Estimate, Evaluation
+    from clinical_orchestration.trials.profile import Promotion
+
+CHANCE = 0.5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One condition of the rule: `value` compared with `bound`; None means not determined, which fails."""
+
+    name: str
+    passed: bool
+    value: float | None
+    comparison: str
+    bound: float | None
+    description: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The outcome: promoted when every check passed; `reasons` says what failed, or why it passed, in words."""
+
+    promote: bool
+    reasons: tuple[str, ...]
+    checks: tuple[Check, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the decision as JSON-ready values; :meth:`from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Decision:
+        """Read what :meth:`to_dict` wrote."""
+        checks = tuple(Check(**item) for item in data["checks"])
+        return cls(bool(data["promote"]), tuple(data["reasons"]), checks)
+
+
+def decide(candidate: Evaluation, champion: Evaluation | None, rule: Promotion) -> Decision:
+    """Return whether `candidate` may replace `champion` (None: there is none yet).
+
+    All of these must hold:
+
+    - AUROC is at least ``rule.min_auroc``, and its interval lies above 0.5: skill is shown, not luck;
+    - AUPRC divided by prevalence is at least ``rule.min_auprc_lift``;
+    - the expected calibration error is at most ``rule.max_calibration_error``;
+    - with a champion: AUROC is not below the champion's interval, and not more than ``rule.max_auroc_drop`` below its
+      value. The first guards where the champion is known precisely, the second where its interval is wide.
+    """
+    auroc = _finite(candidate.auroc.value)
+    checks = [
+        _at_least("auroc_floor", auroc, rule.min_auroc, "AUROC reaches the trial's floor"),
+        _above("auroc_better_than_chance", _finite(candidate.auroc.lower), CHANCE, "AUROC's interval excludes chance"),
+        _at_least(
+            "auprc_lift_floor", _finite(candidate.auprc_lift), rule.min_auprc_lift,
+            "AUPRC divided by prevalence reaches the trial's floor",
+        ),
+        _at_most(
+            "calibration_bound", _finite(candidate.ece.value), rule.max_calibration_error,
+            "expected calibration error is within the trial's bound",
+        ),
+    ]  # fmt: skip
+    if champion is not None:
+        best = _finite(champion.auroc.value)
+        if best is not None:
+            checks += [
+                _at_least(
+                    "auroc_within_champion_interval", auroc, _lower(champion.auroc, best),
+                    "AUROC is not below the champion's interval",
+                ),
+                _at_least(
+                    "auroc_drop", auroc, best - rule.max_auroc_drop, "AUROC is not far below the champion's",
+                ),
+            ]  # fmt: skip
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        return Decision(False, tuple(_reason(check) for check in failed), tuple(checks))
+    why = (
+        "first champion: every floor is reached"
+        if champion is None
+        else "every floor is reached; not worse than the champion"
+    )
+    return Decision(True, (why,), tuple(checks))
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _lower(estimate: Estimate, value: float) -> float:
+    lower = _finite(estimate.lower)
+    return value if lower is None else lower
+
+
+def _at_least(name: str, value: float | None, bound: float, description: str) -> Check:
+    return Check(name, value is not None and value >= bound, value, ">=", bound, description)
+
+
+def _above(name: str, value: float | None, bound: float, description: str) -> Check:
+    return Check(name, value is not None and value > bound, value, ">", bound, description)
+
+
+def _at_most(name: str, value: float | None, bound: float, description: str) -> Check:
+    return Check(name, value is not None and value <= bound, value, "<=", bound, description)
+
+
+def _reason(check: Check) -> str:
+    value = "not determined" if check.value is None else f"{check.value:.4f}"
+    return f"{check.name}: {value}, must be {check.comparison} {check.bound:.4f} ({check.description})"
