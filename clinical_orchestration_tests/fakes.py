@@ -46,9 +46,9 @@ class InMemoryTableStore:
     def exists(self, name: str) -> bool:
         return name in self._tables
 
-    def ensure(self, name: str) -> int:
+    def ensure(self, name: str, *, schema: pa.Schema | None = None, partition_by: Sequence[str] | None = None) -> int:
         if not self.exists(name):
-            schema = known_schema(name)
+            schema = known_schema(name) if schema is None else schema
             if schema is None:
                 raise KeyError(f"table {name} is absent and tables.py does not describe it")
             self._create(name, schema)

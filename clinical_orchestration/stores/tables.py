@@ -52,8 +52,13 @@ class TableStore(Protocol):
         """Return whether the table has been created."""
         ...
 
-    def ensure(self, name: str) -> int:
-        """Create the table empty, with the columns of ``tables.py``, if it is absent; return its version.
+    def ensure(self, name: str, *, schema: pa.Schema | None = None, partition_by: Sequence[str] | None = None) -> int:
+        """Create the table empty if it is absent; return its version.
+
+        Args:
+            name: the table.
+            schema: its columns; default: those of ``tables.py``.
+            partition_by: its partition columns; default: those that its name implies.
 
         Raises:
             KeyError: the table is absent and its columns are not known.
@@ -270,14 +275,14 @@ class DeltaTableStore:
         """See :class:`TableStore`."""
         return self._open(name) is not None
 
-    def ensure(self, name: str) -> int:
+    def ensure(self, name: str, *, schema: pa.Schema | None = None, partition_by: Sequence[str] | None = None) -> int:
         """See :class:`TableStore`."""
         table = self._open(name)
         if table is None:
-            schema = known_schema(name)
+            schema = known_schema(name) if schema is None else schema
             if schema is None:
                 raise KeyError(f"table {name} is absent and tables.py does not describe it")
-            table = self._create(name, schema, default_partitions(name))
+            table = self._create(name, schema, default_partitions(name) if partition_by is None else partition_by)
         return int(table.version())
 
     def version(self, name: str) -> int | None:
