@@ -1,0 +1,66 @@
+"""Blocking calls with a time limit, for an event loop that must never wait for a dead service."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Generic, TypeVar
+
+_T = TypeVar("_T")
+
+
+class Bounded(Generic[_T]):
+    """A blocking function that answers within a limit, or raises ``TimeoutError``.
+
+    Calls that come while one is under way share its answer, and so do calls within `fresh_seconds` after it began.
+    A call that hangs therefore holds one thread, never one a request. The thread is a daemon: it keeps nobody from
+    exiting.
+
+    Args:
+        function: what to call.
+        limit_seconds: longest wait of a caller.
+        fresh_seconds: how long an answer counts as new.
+    """
+
+    def __init__(self, function: Callable[[], _T], limit_seconds: float, fresh_seconds: float = 0.5) -> None:
+        self._function = function
+        self._limit = limit_seconds
+        self._fresh = fresh_seconds
+        self._lock = threading.Lock()
+        self._future: Future[_T] | None = None
+        self._began = 0.0
+
+    def _current(self) -> Future[_T]:
+        with self._lock:
+            if self._future is not None:
+                busy = not self._future.done()
+                if busy or time.monotonic() - self._began < self._fresh:
+                    return self._future
+            future: Future[_T] = Future()
+            self._future = future
+            self._began = time.monotonic()
+        threading.Thread(target=self._run, args=(future,), daemon=True, name="bounded").start()
+        return future
+
+    def _run(self, future: Future[_T]) -> None:
+        try:
+            future.set_result(self._function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    async def __call__(self) -> _T:
+        """Return the answer.
+
+        Raises:
+            TimeoutError: there was none within the limit.
+            Exception: what the function raised.
+        """
+        waiter = asyncio.wrap_future(self._current())
+        done, _ = await asyncio.wait({waiter}, timeout=self._limit)
+        if not done:
+            # the shared call goes on; only this caller stops waiting
+            raise TimeoutError(f"no answer within {self._limit:g} s")
+        return waiter.result()
