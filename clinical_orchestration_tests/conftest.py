@@ -1,0 +1,74 @@
+"""Fixtures that give real services on free ports, one each for the whole session.
+
+Each returns the environment of the service's clients (the names of ``settings.ClientSettings``). The variables are not
+set in the process: a test sets them with ``monkeypatch.setenv`` or passes them on. Services start when first used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from clinical_orchestration.stack.testing import NotInstalledError, embedded
+
+Environment = dict[str, str]
+
+
+def _service(factory: pytest.TempPathFactory, *names: str) -> Iterator[Environment]:
+    home = factory.mktemp("-".join(names))
+    if os.geteuid() == 0:
+        # root's services that run as another user must get to their folders: enter, not list
+        for folder in (home, *home.parents):
+            if folder.stat().st_uid == 0 and folder != Path(folder.anchor) and not folder.stat().st_mode & 0o001:
+                folder.chmod(folder.stat().st_mode | 0o011)
+    try:
+        with embedded(home, *names) as environment:
+            yield environment
+    except NotInstalledError as reason:
+        pytest.skip(f"{reason}")
+
+
+@pytest.fixture(scope="session")
+def s3_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    """S3 with the buckets ``clinical-mlops`` and ``mlflow-artifacts``."""
+    yield from _service(tmp_path_factory, "s3")
+
+
+@pytest.fixture(scope="session")
+def redis_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    """Redis (Valkey)."""
+    yield from _service(tmp_path_factory, "redis")
+
+
+@pytest.fixture(scope="session")
+def kafka_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    """Kafka with the five topics."""
+    yield from _service(tmp_path_factory, "kafka")
+
+
+@pytest.fixture(scope="session")
+def postgres_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    """PostgreSQL with the databases ``clinical`` (``POSTGRES_URL``) and ``mlflow``."""
+    yield from _service(tmp_path_factory, "postgres")
+
+
+@pytest.fixture(scope="session")
+def spark_env(s3_env: Environment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    """Spark Connect with Delta and S3A, working on the S3 of ``s3_env``."""
+    home = tmp_path_factory.mktemp("spark")
+    try:
+        with embedded(home, "spark", use=s3_env) as environment:
+            if environment["CLINICAL_SPARK_CONNECTORS"] != "true":
+                pytest.skip("Spark's Delta and S3 connectors are not downloaded and Maven Central cannot be reached")
+            yield environment
+    except NotInstalledError as reason:
+        pytest.skip(f"{reason}")
+
+
+@pytest.fixture(scope="session")
+def mlflow_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    """MLflow with PostgreSQL and an S3 of its own (both are in the environment that it gives)."""
+    yield from _service(tmp_path_factory, "mlflow")
