@@ -1,0 +1,431 @@
+"""Bronze to silver in Spark: decode what is new, then accept, recognise duplicates and quarantine.
+
+A record is accepted when it decodes without reasons and is the first, by bronze version and position, with its
+``record_key``. A later record with the same key is a duplicate where its ``content_hash`` is equal too, and is
+quarantined as ``conflicting_record`` where it is not. Records already in silver come first.
+
+Progress is the bronze version, recorded with the rows of each destination as the Delta app transaction
+``bronze/<domain>``. Silver is written last, so its progress is that of the whole; a run that was killed before is
+repeated from there, and destinations it had reached skip what they have. Which record is the accepted one does not
+change by repeating. Give each deployment one running :func:`refine` at a time.
+
+The decoder runs in Python workers on Spark's executors: on a cluster they need this package (the same version) and
+its dependencies ``pyarrow`` and ``pydantic`` installed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from clinical_orchestration.stores.spark import SparkTables
+from clinical_orchestration.stores.tables import COMMIT_VERSION, TableStore
+from clinical_orchestration.tables import (
+    BRONZE_COLUMNS,
+    DOMAINS,
+    DUPLICATES,
+    DUPLICATES_COLUMNS,
+    QUARANTINE,
+    QUARANTINE_COLUMNS,
+    SILVER_COLUMNS,
+    bronze,
+    silver,
+    spark_ddl,
+)
+from clinical_orchestration.transforms.decode import decode_arrow, decoded_columns
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyspark.sql import DataFrame
+
+    from clinical_orchestration.trials import TrialProfile
+
+_log = logging.getLogger(__name__)
+
+PARALLEL_DOMAINS = 3
+"""Domains refined at the same time: one plans and commits while another computes."""
+
+ROWS_PER_PARTITION = 8_000
+"""Rows that one decode task takes: below, a second task costs more than it saves."""
+
+ROWS_PER_FILE = 1_000_000
+"""Rows of one written file at most, about."""
+
+LARGE_SILVER_ROWS = 2_000_000
+"""From here, silver's keys are first reduced to those that the increment has."""
+
+_PAYLOAD = "_payload"
+_FIRST = "_first"
+_PASSTHROUGH = {COMMIT_VERSION: "long", _PAYLOAD: "string"}
+_INTERNAL = (COMMIT_VERSION, _PAYLOAD, _FIRST, "_outcome", "_accepted_position", "_reasons")
+
+# what Spark and delta-rs say when the log or the files of an old version are gone
+_INCREMENT_LOST = (
+    "FileNotFound",
+    "FILE_NOT_EXIST",
+    "DELTA_FILE_NOT_FOUND",
+    "DELTA_LOG_FILE_NOT_FOUND",
+    "DELTA_TRUNCATED_TRANSACTION_LOG",
+    "DELTA_VERSIONS_NOT_CONTIGUOUS",
+    "DELTA_VERSION_NOT_FOUND",
+    "DELTA_MISSING_FILES_UNEXPECTED_VERSION",
+    "NoSuchKey",
+    "No such file",
+    "not found",
+    "nvalid table version",
+    "nvalid version",
+)
+
+
+@dataclass(frozen=True)
+class DomainReport:
+    """What one :func:`refine` did in one domain. Counts are records, but for `rows`.
+
+    ``received == accepted + duplicates + quarantined + known``: `known` were accepted before already, which only
+    happens where an old bronze version could not be read any more and everything was looked at again.
+    """
+
+    domain: str
+    received: int = 0
+    accepted: int = 0
+    rows: int = 0
+    duplicates: int = 0
+    quarantined: int = 0
+    known: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    from_version: int | None = None
+    to_version: int | None = None
+    no_new_data: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RefineReport:
+    """What one :func:`refine` did, by domain."""
+
+    domains: dict[str, DomainReport]
+    seconds: float
+
+    @property
+    def no_new_data(self) -> bool:
+        """Whether no domain had anything new."""
+        return all(report.no_new_data for report in self.domains.values())
+
+    def total(self, count: str) -> int:
+        """Return the sum of one count (``"received"``, ``"accepted"`` ...) over the domains."""
+        return sum(int(getattr(report, count)) for report in self.domains.values())
+
+    def reasons(self) -> dict[str, int]:
+        """Return how many records broke each rule, most frequent first."""
+        counts: dict[str, int] = {}
+        for report in self.domains.values():
+            for rule, records in report.reasons.items():
+                counts[rule] = counts.get(rule, 0) + records
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON types."""
+        return {
+            "no_new_data": self.no_new_data,
+            "seconds": round(self.seconds, 3),
+            "domains": {name: asdict(report) for name, report in self.domains.items()},
+        }
+
+
+def refine(
+    spark_tables: SparkTables,
+    tables: TableStore,
+    profiles: Mapping[str, TrialProfile],
+    *,
+    domains: Sequence[str] = DOMAINS,
+    now: datetime,
+) -> RefineReport:
+    """Bring silver, duplicates and quarantine up to the newest bronze versions.
+
+    Args:
+        spark_tables: tables for Spark, which decodes, classifies and writes.
+        tables: the same tables, for versions and commits (no Spark job).
+        profiles: profile by trial name; records of other trials are quarantined (``unknown_trial``).
+        domains: bronze tables to refine.
+        now: written as ``quarantined_at`` and ``detected_at``; aware.
+
+    Returns:
+        Counts by domain. Where nothing is new, no Spark job runs and no session is opened.
+
+    Raises:
+        clinical_orchestration.stores.spark.SparkUnavailableError: there is new data and Spark does not answer.
+    """
+    started = time.monotonic()
+    for name in (QUARANTINE, DUPLICATES, *(silver(domain) for domain in domains)):
+        tables.ensure(name)
+    pending = {domain: _increment(tables, spark_tables, domain) for domain in domains}
+    reports = {
+        domain: DomainReport(domain, from_version=found.after, to_version=found.until, no_new_data=True)
+        for domain, found in pending.items()
+        if not found.new
+    }
+    # the largest first, so that the smaller ones fill the gaps; writers to one table never wait for each other
+    order = sorted((found for found in pending.values() if found.new), key=lambda found: -found.rows)
+    if order:
+        with ThreadPoolExecutor(max_workers=PARALLEL_DOMAINS, thread_name_prefix="refine") as pool:
+            work = [pool.submit(_refine_domain, spark_tables, tables, profiles, found, now) for found in order]
+            reports |= {future.result().domain: future.result() for future in work}
+    report = RefineReport({domain: reports[domain] for domain in domains}, time.monotonic() - started)
+    _log.info(
+        "refined %d records: %d accepted, %d duplicates, %d quarantined, %.1f s",
+        *(report.total(count) for count in ("received", "accepted", "duplicates", "quarantined")),
+        report.seconds,
+    )
+    return report
+
+
+@dataclass(frozen=True)
+class _Increment:
+    """The bronze versions (after, until] of a domain; `rows` by the commits' own metrics, 0 where unknown."""
+
+    domain: str
+    after: int | None
+    until: int | None
+    new: bool
+    rows: int
+    complete_log: bool
+
+
+def _increment(tables: TableStore, spark_tables: SparkTables, domain: str) -> _Increment:
+    until = tables.version(bronze(domain))
+    after = spark_tables.transaction_version(silver(domain), bronze(domain))
+    start = -1 if after is None else after
+    if until is None or until <= start:
+        return _Increment(domain, after, until, False, 0, True)
+    commits = tables.history(bronze(domain), until - start)
+    writes = [commit for commit in commits if commit.get("operation") == "WRITE"]
+    added = [(commit.get("operationMetrics") or {}).get("num_added_rows") for commit in writes]
+    complete = bool(commits) and min(int(commit["version"]) for commit in commits) <= start + 1
+    # compaction, and commits that only move offsets, bring nothing
+    nothing = complete and all(count is not None and int(count) == 0 for count in added)
+    rows = sum(int(count) for count in added if count is not None)
+    return _Increment(domain, after, until, not nothing, rows, complete)
+
+
+def _refine_domain(
+    spark_tables: SparkTables,
+    tables: TableStore,
+    profiles: Mapping[str, TrialProfile],
+    found: _Increment,
+    now: datetime,
+) -> DomainReport:
+    if found.complete_log:
+        try:
+            return _refine_rows(spark_tables, tables, profiles, found, now, _appended(spark_tables, found))
+        except Exception as error:
+            if not any(text in str(error) for text in _INCREMENT_LOST):
+                raise
+            _log.warning("%s: versions after %s cannot be read any more", bronze(found.domain), found.after)
+    return _refine_rows(spark_tables, tables, profiles, found, now, _unaccounted(spark_tables, found))
+
+
+def _appended(spark_tables: SparkTables, found: _Increment) -> Callable[[], DataFrame]:
+    after, until = -1 if found.after is None else found.after, found.until or 0
+    return lambda: spark_tables.read_appended(bronze(found.domain), after, until)
+
+
+def _unaccounted(spark_tables: SparkTables, found: _Increment) -> Callable[[], DataFrame]:
+    """Return all of bronze but what silver, duplicates and quarantine hold; for when old versions are gone."""
+
+    def read() -> DataFrame:
+        from pyspark.sql import functions as F  # noqa: N812
+
+        rows = spark_tables.read(bronze(found.domain), found.until)
+        here = F.col("table") == found.domain
+        for seen in (
+            spark_tables.read(silver(found.domain)),
+            spark_tables.read(DUPLICATES).where(here),
+            spark_tables.read(QUARANTINE).where(here),
+        ):
+            rows = rows.join(seen.select("source_position").distinct(), "source_position", "left_anti")
+        return rows.withColumn(COMMIT_VERSION, F.lit(found.until).cast("long"))
+
+    return read
+
+
+def _refine_rows(
+    spark_tables: SparkTables,
+    tables: TableStore,
+    profiles: Mapping[str, TrialProfile],
+    found: _Increment,
+    now: datetime,
+    read: Callable[[], DataFrame],
+) -> DomainReport:
+    from pyspark.sql import functions as F  # noqa: N812
+
+    started = time.monotonic()
+    domain, app_id, until = found.domain, bronze(found.domain), found.until or 0
+    rows = read().select(*BRONZE_COLUMNS, COMMIT_VERSION)
+    tasks = -(-found.rows // ROWS_PER_PARTITION)
+    if tasks > 1:  # a bronze file is one task otherwise
+        rows = rows.repartition(min(tasks, 200))
+    decoded = rows.mapInArrow(_decoder(domain, profiles), spark_ddl(_decoded_columns(domain)))
+    known_rows = tables.row_count(silver(domain))
+    large = known_rows >= LARGE_SILVER_ROWS
+    if large:
+        decoded = decoded.persist()
+    classified = _classify(decoded, spark_tables.read(silver(domain)) if known_rows else None, reduce=large).persist()
+    try:
+        report = _count(classified, found)
+        files = max(1, -(-report.rows // ROWS_PER_FILE))
+        written: dict[str, int | None] = {
+            name: spark_tables.transaction_version(name, app_id) for name in (QUARANTINE, DUPLICATES)
+        }
+
+        def missing(name: str) -> DataFrame:
+            """Return the rows of a destination that a killed run did not leave there, one a record."""
+            reached = written[name]
+            rows = classified.where(F.col(_FIRST))
+            return rows if reached is None else rows.where(F.col(COMMIT_VERSION) > reached)
+
+        if report.quarantined:
+            rejected = missing(QUARANTINE).where("_outcome = 'quarantined'")
+            rejected = rejected.select(
+                F.lit(domain).alias("table"),
+                "trial",
+                "source",
+                "source_position",
+                F.col("_reasons").alias("reasons"),
+                F.col(_PAYLOAD).alias("payload"),
+                F.lit(now).cast("timestamp").alias("quarantined_at"),
+            ).select(*QUARANTINE_COLUMNS)
+            spark_tables.append(QUARANTINE, rejected.coalesce(1), app_id=app_id, app_version=until)
+        if report.duplicates:
+            repeated = missing(DUPLICATES).where("_outcome = 'duplicate'")
+            repeated = repeated.select(
+                F.lit(domain).alias("table"),
+                "trial",
+                "source",
+                "source_position",
+                F.col("_accepted_position").alias("duplicate_of"),
+                F.lit(now).cast("timestamp").alias("detected_at"),
+            ).select(*DUPLICATES_COLUMNS)
+            spark_tables.append(DUPLICATES, repeated.coalesce(1), app_id=app_id, app_version=until)
+        accepted = classified.where("_outcome = 'accepted'").select(*SILVER_COLUMNS[domain])
+        spark_tables.append(silver(domain), accepted.coalesce(files), app_id=app_id, app_version=until)
+    finally:
+        classified.unpersist()
+        if large:
+            decoded.unpersist()
+    return DomainReport(**{**asdict(report), "seconds": round(time.monotonic() - started, 3)})
+
+
+def _decoded_columns(domain: str) -> dict[str, str]:
+    return {**decoded_columns(domain, _PASSTHROUGH), _FIRST: "boolean"}
+
+
+def _decoder(
+    domain: str, profiles: Mapping[str, TrialProfile]
+) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """Return the function that Spark's Python workers run over the batches of one partition."""
+    profiles = dict(profiles)
+
+    def decode_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            yield decode_increment(domain, batch, profiles)
+
+    return decode_batches
+
+
+def decode_increment(domain: str, batch: pa.RecordBatch, profiles: Mapping[str, TrialProfile]) -> pa.RecordBatch:
+    """Decode bronze rows with their ``_commit_version`` for :func:`refine`.
+
+    Returns:
+        The columns of ``decode_arrow``, then ``_commit_version``, ``_payload`` (the record as received, on every row)
+        and ``_first`` (true for one row of each record: a vitals message gives several rows).
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    batch = batch.append_column(_PAYLOAD, batch.column("payload"))
+    decoded = decode_arrow(domain, batch, profiles, _PASSTHROUGH)
+    positions = decoded.column("source_position")
+    first = pa.array([True] * min(1, decoded.num_rows), pa.bool_())
+    if decoded.num_rows > 1:  # the rows of a record follow one another
+        first = pa.concat_arrays([first, pc.not_equal(positions.slice(1), positions.slice(0, len(positions) - 1))])
+    return decoded.append_column(_FIRST, first)
+
+
+def _classify(decoded: DataFrame, accepted_before: DataFrame | None, *, reduce: bool) -> DataFrame:
+    """Add ``_outcome``, ``_accepted_position`` and ``_reasons`` to decoded rows."""
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F  # noqa: N812
+
+    key = F.coalesce("record_key", F.concat(F.lit("rejected:"), "source_position"))
+    decoded = decoded.withColumn("_key", key)
+    # positions of one file or partition differ in their number only: shorter is earlier
+    by_arrival = Window.partitionBy("_key").orderBy(COMMIT_VERSION, F.length("source_position"), "source_position")
+    first = F.first(F.struct("source_position", "content_hash")).over(by_arrival)
+    rows = decoded.withColumn("_accepted", first)
+    known = F.lit(None)
+    if accepted_before is not None:
+        before = accepted_before.select(
+            F.col("record_key").alias("_key"), F.struct("source_position", "content_hash").alias("_before")
+        )
+        if reduce:
+            before = before.join(decoded.select("_key").distinct(), "_key", "left_semi")
+        rows = rows.join(before.dropDuplicates(["_key"]), "_key", "left")
+        rows = rows.withColumn("_accepted", F.coalesce("_before", "_accepted"))
+        known = F.col("_before").isNotNull()
+    own = F.col("_accepted.source_position") == F.col("source_position")
+    outcome = (
+        F.when(F.col("reasons").isNotNull(), "quarantined")
+        .when(own & known, "known")
+        .when(own, "accepted")
+        .when(F.col("_accepted.content_hash") == F.col("content_hash"), "duplicate")
+        .otherwise("quarantined")
+    )
+    conflict = F.array(
+        F.concat(
+            F.lit("conflicting_record: differs from the record accepted before, at "),
+            F.col("_accepted.source_position"),
+        )
+    )
+    rows = rows.withColumn("_outcome", outcome)
+    reasons = F.when(F.col("_outcome") == "quarantined", F.coalesce("reasons", conflict))
+    rows = rows.withColumn("_reasons", reasons).withColumn("_accepted_position", F.col("_accepted.source_position"))
+    return rows.drop("_key", "_accepted", "_before", "reasons", "payload")
+
+
+def _count(classified: DataFrame, found: _Increment) -> DomainReport:
+    """Run the increment's one computing job, which also fills the cache, and count what it found."""
+    from pyspark.sql import functions as F  # noqa: N812
+
+    rules = F.array_distinct(F.transform("_reasons", lambda reason: F.substring_index(reason, ":", 1)))
+    counted = (
+        classified.groupBy("_outcome", rules.alias("rules"))
+        .agg(F.sum(F.col(_FIRST).cast("long")).alias("records"), F.count(F.lit(1)).alias("rows"))
+        .collect()
+    )
+    records: dict[str, int] = {}
+    reasons: dict[str, int] = {}
+    rows = 0
+    for group in counted:
+        outcome, size = group["_outcome"], int(group["records"])
+        records[outcome] = records.get(outcome, 0) + size
+        for rule in group["rules"] or ():
+            reasons[rule] = reasons.get(rule, 0) + size
+        if outcome == "accepted":
+            rows += int(group["rows"])
+    return DomainReport(
+        domain=found.domain,
+        received=sum(records.values()),
+        accepted=records.get("accepted", 0),
+        rows=rows,
+        duplicates=records.get("duplicate", 0),
+        quarantined=records.get("quarantined", 0),
+        known=records.get("known", 0),
+        reasons=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+        from_version=found.after,
+        to_version=found.until,
+    )
