@@ -278,11 +278,13 @@ def decode_row(
 
 def _broken_row(detail: object) -> str:
     if isinstance(detail, Mapping):
-        fields, expected = detail.get("fields"), detail.get("expected")
+        fields, expected, fault = detail.get("fields"), detail.get("expected"), detail.get("fault")
+        if fault == "encoding":
+            return "broken_row: the row is not UTF-8 text"
+        if fault == "quote":
+            return "broken_row: a quotation mark in the row is not closed, or stands within a value"
         if type(fields) is int and type(expected) is int:
             return f"broken_row: the row has {fields} fields, the header {expected}"
-        if detail.get("fault") == "encoding":
-            return "broken_row: the row is not UTF-8 text"
     return "broken_row: the row could not be read"
 
 
