@@ -458,7 +458,7 @@ def _topic_state(
             for message in batch.messages:
                 newest = max(newest, message.timestamp_ms)
                 state.sampled += 1
-                found = validate_message(domain, message.value)
+                found = validate_message(domain, message.value or b"")
                 state.invalid += bool(found)
                 reasons.update({reason.partition(":")[0] for reason in found})
     except OffsetOutOfRangeError:

@@ -68,10 +68,10 @@ LABS = (
     Lab("LACTATE", "mmol/L", 1.1, 0.20, 0.28, 0.15, 0.5, 2.0, 1),
 )
 
-_EPISODES_PER_DAY = 0.07  # of a subject of median frailty
-_BACKGROUND_PER_DAY = 0.035  # adverse events without deterioration, median frailty
-_DRIVEN_PER_DAY = 0.28  # adverse events at severity 1; grows with its power below
-_DRIVEN_POWER = 1.6
+_EPISODES_PER_DAY = 0.09  # of a subject of median frailty
+_BACKGROUND_PER_DAY = 0.025  # adverse events without deterioration, median frailty
+_DRIVEN_PER_DAY = 0.6  # adverse events at severity 1; grows with its power below
+_DRIVEN_POWER = 1.7
 
 
 class Cohort:
