@@ -163,7 +163,10 @@ def create_app(
             if not ready.done():  # it is, when the caller hung up
                 ready.set_result(None)
 
-        if problem := engine.submit(instances, lambda: loop.call_soon_threadsafe(finish)):
+        def tell() -> None:
+            loop.call_soon_threadsafe(finish)
+
+        if problem := engine.submit(instances, tell):
             raise _RefusedError(problem)
         await ready
 

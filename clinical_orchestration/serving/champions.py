@@ -202,10 +202,12 @@ def prepare(trial: str, champion: Champion, model: LoadedModel) -> ServedModel:
     """Try a loaded version on its input example, so that the first request finds it warm, and accept it.
 
     Raises:
-        ModelLoadError: its answers are no probabilities.
+        ModelLoadError: it was trained for another trial, or its answers are no probabilities.
     """
     import numpy as np
 
+    if model.trial and model.trial != trial:
+        raise ModelLoadError(f"it was trained for trial {model.trial}")
     if not model.feature_names:
         raise ModelLoadError("the model's signature names no features")
     example = model.example

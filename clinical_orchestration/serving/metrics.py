@@ -139,24 +139,24 @@ class StateCollector(Collector):
         yield GaugeMetricFamily(
             "clinical_serving_waiting_instances", "Instances at work.", value=float(self._engine.waiting)
         )
-        state = self._log.state()
+        log = self._log.state()
         yield GaugeMetricFamily(
             "clinical_serving_prediction_log_backlog",
             "Predictions not yet in gold/predictions.",
-            value=float(state.backlog),
+            value=float(log.backlog),
         )
         yield GaugeMetricFamily(
             "clinical_serving_prediction_log_memory",
             "Of the backlog, those in memory only, because the spool cannot be written.",
-            value=float(state.in_memory),
+            value=float(log.in_memory),
         )
         yield GaugeMetricFamily(
-            "clinical_serving_prediction_log_spool_bytes", "Size of the spool.", value=float(state.spool_bytes)
+            "clinical_serving_prediction_log_spool_bytes", "Size of the spool.", value=float(log.spool_bytes)
         )
         for name, text, value in (
-            ("written", "Predictions appended to gold/predictions by this process.", state.written),
-            ("dropped", "Predictions that could not be kept.", state.dropped),
-            ("write_failures", "Failed appends to gold/predictions.", state.write_failures),
-            ("spool_failures", "Failed writes to the spool.", state.spool_failures),
+            ("written", "Predictions appended to gold/predictions by this process.", log.written),
+            ("dropped", "Predictions that could not be kept.", log.dropped),
+            ("write_failures", "Failed appends to gold/predictions.", log.write_failures),
+            ("spool_failures", "Failed writes to the spool.", log.spool_failures),
         ):
             yield CounterMetricFamily(f"clinical_serving_prediction_log_{name}", text, value=float(value))

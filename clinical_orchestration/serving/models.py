@@ -11,15 +11,12 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clinical_orchestration.serving.ports import LoadedModel, ModelLoadError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _logger = logging.getLogger(__name__)
 
@@ -38,16 +35,19 @@ class _NotKnownError(Exception):
 def served_model(
     estimator: Any,
     feature_names: Sequence[str],
-    example: pd.DataFrame | None = None,
-    feature_set: str | None = None,
+    example: Matrix | None = None,
+    *,
+    trial: str = "",
+    feature_set: str = "",
 ) -> LoadedModel:
     """Return an estimator in the form that serving asks.
 
     Args:
         estimator: a fitted classifier of two classes with ``predict_proba`` that takes a frame with `feature_names`.
         feature_names: the inputs in the order of the signature.
-        example: its input example.
-        feature_set: id of the feature set it was trained on.
+        example: rows of its input example.
+        trial: the trial it was trained on, where known.
+        feature_set: id of the feature set it was trained on, where known.
 
     Raises:
         ModelLoadError: it is no classifier of an event, or cannot answer its own example.
@@ -56,18 +56,16 @@ def served_model(
     if not hasattr(estimator, "predict_proba"):
         raise ModelLoadError(f"a {type(estimator).__name__} gives no probabilities")
     column = _event_column(estimator)
-    try:
-        rows = None if example is None else example[list(names)].to_numpy(dtype=np.float64)
-    except (KeyError, ValueError, TypeError) as error:
-        raise ModelLoadError("the input example does not fit the signature") from error
+    if example is not None and example.shape[1:] != (len(names),):
+        raise ModelLoadError("the input example does not fit the signature")
     _one_thread(estimator)
-    probes = _probe_rows(rows, len(names))
+    probes = _probe_rows(example, len(names))
     by_frame = _through_frame(estimator, names, column)
     try:
         expected = by_frame(probes)
     except Exception as error:
         # perhaps it takes no missing values; then it must at least answer its example
-        probes = np.zeros((1, len(names))) if rows is None else rows
+        probes = np.zeros((1, len(names))) if example is None else example
         try:
             expected = by_frame(probes)
         except Exception:
@@ -84,7 +82,7 @@ def served_model(
             continue
         except Exception as error:
             _logger.info("the %s form of a %s is not used: %s", name, type(estimator).__name__, type(error).__name__)
-    return LoadedModel(names, predict, rows, feature_set)
+    return LoadedModel(names, predict, example, trial, feature_set)
 
 
 def compiled(estimator: Any, column: int = 1) -> Predictor:

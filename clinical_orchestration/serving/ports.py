@@ -37,13 +37,15 @@ class LoadedModel:
         feature_names: the model's inputs in the order of its signature.
         predict_proba: turns rows (n, number of features; NaN where a feature is missing) into n probabilities.
         example: rows of the input example, used to warm the model; None where it was logged without one.
-        feature_set: id of the feature set it was trained on, where the registry knows it.
+        trial: the trial it was trained on; empty where the registry does not say.
+        feature_set: id of the feature set it was trained on; empty where the registry does not say.
     """
 
     feature_names: tuple[str, ...]
     predict_proba: Callable[[NDArray[np.float64]], NDArray[np.float64]]
     example: NDArray[np.float64] | None = None
-    feature_set: str | None = None
+    trial: str = ""
+    feature_set: str = ""
 
 
 class ChampionSource(Protocol):

@@ -75,6 +75,7 @@ class Spool:
         self._mutex = threading.Lock()
         self._lock_file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._file: int | None = None
+        self._offset = 0
         try:
             try:
                 fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
