@@ -1,0 +1,1 @@
+"""Whether the tables hold what they should: pure functions over polars frames with typed results."""
