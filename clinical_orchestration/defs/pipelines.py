@@ -1,0 +1,49 @@
+"""Jobs and schedules, made from the contract: a job has the pipeline's name, its steps have the tasks' ids."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from clinical_orchestration.contract import CLINICAL_DATA_PIPELINE, OWNER, Pipeline
+
+EXCLUSIVE_TAG = "clinical/exclusive"
+
+
+def pipeline_job(pipeline: Pipeline, selection: dg.AssetSelection) -> dg.UnresolvedAssetJobDefinition:
+    """Return the job of a pipeline over `selection`.
+
+    Steps run in the run's own process: most of them wait for Spark, MLflow or Redis, and starting a process for each
+    would take longer than their work on a trial of ordinary size.
+    """
+    return dg.define_asset_job(
+        pipeline.name,
+        selection=selection,
+        description=pipeline.description,
+        tags={
+            **{f"airflow/{tag}": "true" for tag in pipeline.tags},
+            "owner": OWNER,
+            EXCLUSIVE_TAG: pipeline.name,
+        },
+        executor_def=dg.in_process_executor,
+    )
+
+
+def pipeline_schedule(pipeline: Pipeline, job: dg.UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition | None:
+    """Return the schedule of a pipeline, None for a manual one."""
+    if pipeline.cron is None:
+        return None
+    return dg.ScheduleDefinition(
+        name=f"{pipeline.name}_schedule",
+        job=job,
+        cron_schedule=pipeline.cron,
+        execution_timezone="UTC",
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description=f"Starts {pipeline.name} at its UTC times, whatever happened to the run before.",
+    )
+
+
+clinical_data_pipeline = pipeline_job(
+    CLINICAL_DATA_PIPELINE,
+    dg.AssetSelection.groups("ingestion", "lakehouse", "features", "training", "deployment", "quality"),
+)
+clinical_data_pipeline_schedule = pipeline_schedule(CLINICAL_DATA_PIPELINE, clinical_data_pipeline)

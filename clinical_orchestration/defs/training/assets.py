@@ -1,0 +1,388 @@
+"""MLflow experiment, training set, candidate models, evaluation and registered version."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from clinical_orchestration import __version__
+from clinical_orchestration.defs.common import RETRY, asset_key, spec
+from clinical_orchestration.defs.results import materialized, result_of
+from clinical_orchestration.resources import PipelineResource
+from clinical_orchestration.stores.registry import EXPERIMENT, ModelRegistry, TrainingRecord
+from clinical_orchestration.stores.tables import TableStore
+from clinical_orchestration.tables import FEATURE_KEY_COLUMNS, FEATURES, TRAINING_SET, silver
+from clinical_orchestration.trials import TrialProfile
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from clinical_orchestration.modeling.results import Evaluation
+
+GROUP = "training"
+SEED = 20250101
+FOLDS = 5
+CROSS_VALIDATION_FILE = "cross_validation.npz"
+MLFLOW_EXPERIMENT = "models/experiment"
+CANDIDATES = "models/candidates"
+EVALUATION = "models/evaluation"
+REGISTERED_VERSION = "models/registered_version"
+PLOTS = ("roc.png", "precision_recall.png", "calibration.png", "feature_importance.png")
+LABEL_DOMAINS = ("patient_vitals", "adverse_events", "subjects")
+
+
+@dg.multi_asset(
+    name="setup_mlflow_experiment",
+    specs=[
+        spec(
+            MLFLOW_EXPERIMENT,
+            f"The MLflow experiment `{EXPERIMENT}`, where every training run of every trial is logged.",
+            group=GROUP,
+            kinds={"mlflow"},
+            deps=[FEATURES],
+        )
+    ],
+    pool="mlflow_operations",
+    retry_policy=RETRY,
+)
+def setup_mlflow_experiment(
+    pipeline: PipelineResource, registry: dg.ResourceParam[ModelRegistry]
+) -> dg.MaterializeResult[Any]:
+    """Create the experiment, or restore it when somebody deleted it."""
+    experiment_id = registry.ensure_experiment(EXPERIMENT)
+    return materialized(
+        asset_key(MLFLOW_EXPERIMENT),
+        pipeline.profile().name,
+        {"experiment_id": experiment_id},
+        {
+            "experiment": EXPERIMENT,
+            "experiment_id": experiment_id,
+            "mlflow": dg.MetadataValue.url(f"{registry.tracking_uri}/#/experiments/{experiment_id}"),
+        },
+    )
+
+
+@dg.multi_asset(
+    name="train_model",
+    specs=[
+        spec(
+            TRAINING_SET,
+            "The labelled rows a model is trained on: features at a time on treatment whose whole horizon was "
+            "observed, and whether an adverse event started within it.",
+            group=GROUP,
+            kinds={"deltalake", "polars"},
+            deps=[FEATURES, MLFLOW_EXPERIMENT],
+        ),
+        spec(
+            CANDIDATES,
+            "Logistic regression, random forest, XGBoost and their soft vote, cross-validated with subjects kept "
+            "together; the best one, fitted on all rows, is logged to MLflow.",
+            group=GROUP,
+            kinds={"scikitlearn", "xgboost", "mlflow"},
+            deps=[FEATURES, MLFLOW_EXPERIMENT],
+        ),
+    ],
+    pool="model_training",
+    retry_policy=RETRY,
+)
+def train_model(
+    context: dg.AssetExecutionContext,
+    pipeline: PipelineResource,
+    tables: dg.ResourceParam[TableStore],
+    registry: dg.ResourceParam[ModelRegistry],
+) -> Iterator[dg.MaterializeResult[Any]]:
+    """Train unless the same rows, parameters and code gave a model before."""
+    from clinical_orchestration.features.definitions import feature_names
+    from clinical_orchestration.modeling.train import TrainingData, TrainingDataError, fingerprint
+
+    profile = pipeline.profile()
+    names = feature_names(profile)
+    rows = _training_rows(tables, profile)
+    try:
+        data = TrainingData.from_frame(rows, names)
+    except TrainingDataError as error:
+        raise dg.Failure(f"no training set for the trial {profile.name}: {error}", allow_retries=False) from error
+    mark = fingerprint(data, trial=profile.name, seed=SEED, folds=FOLDS)
+    experiment_id = result_of(context, asset_key(MLFLOW_EXPERIMENT), profile.name)["experiment_id"]
+    run = None if pipeline.flag("force_training") else registry.find_run(experiment_id, mark)
+    if run is not None:
+        context.log.info("Nothing changed since MLflow run %s: no model is trained.", run.run_id)
+        version = tables.version(TRAINING_SET)
+        trained, candidate, run_id = False, run.candidate, run.run_id
+    else:
+        version, run_id, candidate = _train(context, profile, tables, registry, rows, data, mark, experiment_id)
+        trained = True
+    events = int(data.labels.sum())
+    counts = {
+        "dagster/row_count": data.rows,
+        "subjects": len(set(data.subjects.tolist())),
+        "events": events,
+        "prevalence": events / data.rows if data.rows else 0.0,
+        "features": len(names),
+        "target": profile.target.name,
+    }
+    yield materialized(
+        asset_key(TRAINING_SET),
+        profile.name,
+        {"version": version, "rows": data.rows},
+        {**counts, "uri": tables.uri(TRAINING_SET), "delta_version": version, "digest": data.digest()[:12]},
+    )
+    yield materialized(
+        asset_key(CANDIDATES),
+        profile.name,
+        {
+            "run_id": run_id,
+            "experiment_id": experiment_id,
+            "candidate": candidate,
+            "trained": trained,
+            "fingerprint": mark,
+        },
+        {
+            **counts,
+            "trained": trained,
+            "candidate": candidate,
+            "note": "trained" if trained else "nothing changed since the last training: its result is used",
+            "mlflow_run": dg.MetadataValue.url(_run_url(registry, experiment_id, run_id)),
+        },
+    )
+
+
+def _training_rows(tables: TableStore, profile: TrialProfile) -> pl.DataFrame:
+    import polars as pl
+
+    from clinical_orchestration.features.definitions import feature_names
+    from clinical_orchestration.features.labels import last_records, training_rows
+
+    if not tables.exists(FEATURES):
+        raise dg.Failure("there are no features yet; materialize gold/patient_features first", allow_retries=False)
+
+    def frame(name: str, columns: list[str] | None = None) -> pl.DataFrame:
+        rows = tables.read(name, columns=columns, filters=[("trial", "=", profile.name)])
+        return pl.DataFrame(pl.from_arrow(rows))
+
+    return training_rows(
+        frame(FEATURES, [*FEATURE_KEY_COLUMNS, *feature_names(profile)]),
+        frame(silver("adverse_events")),
+        frame(silver("subjects")),
+        last_records(frame(silver("patient_vitals"), ["patient_id", "event_time"])),
+        profile,
+    )
+
+
+def _train(
+    context: dg.AssetExecutionContext,
+    profile: TrialProfile,
+    tables: TableStore,
+    registry: ModelRegistry,
+    rows: pl.DataFrame,
+    data: Any,
+    mark: str,
+    experiment_id: str,
+) -> tuple[int, str, str]:
+    from clinical_orchestration.features.definitions import feature_set_id
+    from clinical_orchestration.modeling.train import TrainingDataError, cross_validate, fit_final, hyper_parameters
+
+    version = tables.replace(
+        TRAINING_SET,
+        rows.to_arrow(),
+        predicate=f"trial = '{profile.name}'",
+        metadata={"trial": profile.name, "fingerprint": mark},
+    )
+    context.log.info("Cross-validating on %d rows, %d features.", data.rows, len(data.feature_names))
+    try:
+        result = cross_validate(data, seed=SEED, folds=FOLDS)
+        fitted = fit_final(data, name=result.chosen, seed=SEED)
+    except TrainingDataError as error:
+        raise dg.Failure(f"the trial {profile.name} cannot be trained on: {error}", allow_retries=False) from error
+    sources = [FEATURES, *(silver(domain) for domain in LABEL_DOMAINS)]
+    versions = {name: tables.version(name) for name in [*sources, TRAINING_SET]}
+    record = TrainingRecord(
+        trial=profile.name,
+        fingerprint=mark,
+        candidate=result.chosen,
+        feature_names=tuple(data.feature_names),
+        feature_set=feature_set_id(profile),
+        training_set_uri=tables.uri(TRAINING_SET),
+        training_set_version=version,
+        training_set_digest=data.digest(),
+        table_versions={name: number for name, number in versions.items() if number is not None},
+        row_counts={**{name: tables.row_count(name) for name in sources}, "training_rows": data.rows},
+        params={**hyper_parameters(), "seed": SEED, "folds": FOLDS, "target": profile.target.name},
+        profile=profile.model_dump(mode="json"),
+        code_version=__version__,
+        tags={"dagster_run_id": context.run_id},
+    )
+    run = registry.log_training(
+        experiment_id,
+        record,
+        fitted.estimator,
+        data.typical_row(),
+        metrics=result.metrics(),
+        files={CROSS_VALIDATION_FILE: result.to_bytes()},
+    )
+    return version, run.run_id, result.chosen
+
+
+@dg.multi_asset(
+    name="evaluate_model",
+    specs=[
+        spec(
+            EVALUATION,
+            "How good the chosen model is on subjects it never saw: AUROC, AUPRC, Brier score and calibration with 95 "
+            "% intervals, overall and per site, sex and arm, with plots.",
+            group=GROUP,
+            kinds={"scikitlearn", "mlflow"},
+            deps=[CANDIDATES],
+        )
+    ],
+    pool="mlflow_operations",
+    retry_policy=RETRY,
+)
+def evaluate_model(
+    context: dg.AssetExecutionContext, pipeline: PipelineResource, registry: dg.ResourceParam[ModelRegistry]
+) -> dg.MaterializeResult[Any]:
+    """Evaluate the out-of-fold probabilities of the training run."""
+    from clinical_orchestration.modeling import plots
+
+    profile = pipeline.profile()
+    trained = result_of(context, asset_key(CANDIDATES), profile.name)
+    run_id, experiment_id = trained["run_id"], trained["experiment_id"]
+    evaluation = None if trained["trained"] else _stored_evaluation(registry, run_id)
+    if evaluation is None:
+        evaluation = _evaluate(registry, run_id, profile)
+    else:
+        context.log.info("The evaluation of MLflow run %s is used as it is.", run_id)
+    url = _run_url(registry, experiment_id, run_id)
+    figures = {
+        name: estimate.value
+        for name, estimate in (
+            ("auroc", evaluation.auroc),
+            ("auprc", evaluation.auprc),
+            ("brier", evaluation.brier),
+        )
+        if estimate.value is not None
+    }
+    return materialized(
+        asset_key(EVALUATION),
+        profile.name,
+        {
+            "run_id": run_id,
+            "experiment_id": experiment_id,
+            "candidate": trained["candidate"],
+            "ece": evaluation.ece,
+            **figures,
+            "intervals": {
+                name: [getattr(evaluation, name).lower, getattr(evaluation, name).upper]
+                for name in ("auroc", "auprc", "brier")
+            },
+        },
+        {
+            **figures,
+            "expected_calibration_error": evaluation.ece,
+            "metrics": dg.MetadataValue.md(plots.evaluation_table(evaluation)),
+            "groups": dg.MetadataValue.md(plots.groups_table(evaluation)),
+            **{name.removesuffix(".png"): dg.MetadataValue.url(f"{url}/artifacts/plots/{name}") for name in PLOTS},
+            "mlflow_run": dg.MetadataValue.url(url),
+        },
+    )
+
+
+def _stored_evaluation(registry: ModelRegistry, run_id: str) -> Evaluation | None:
+    import json
+
+    from clinical_orchestration.modeling.results import Evaluation
+    from clinical_orchestration.stores.registry import EVALUATION_FILE, ModelNotFoundError
+
+    try:
+        return Evaluation.from_dict(json.loads(registry.read_file(run_id, EVALUATION_FILE)))
+    except (ModelNotFoundError, ValueError):
+        return None  # the run stopped between training and evaluation
+
+
+def _evaluate(registry: ModelRegistry, run_id: str, profile: TrialProfile) -> Evaluation:
+    from clinical_orchestration.modeling import plots
+    from clinical_orchestration.modeling.evaluate import curves, evaluate
+    from clinical_orchestration.modeling.train import CrossValidation
+
+    result = CrossValidation.from_bytes(registry.read_file(run_id, CROSS_VALIDATION_FILE))
+    probabilities = result.chosen_probabilities
+    evaluation = evaluate(
+        result.labels,
+        probabilities,
+        result.subjects,
+        groups=result.groups,
+        thresholds={"medium_risk": profile.risk_bands.medium, "high_risk": profile.risk_bands.high},
+        seed=SEED,
+    )
+    drawn = curves(result.labels, probabilities, result.subjects, seed=SEED)
+    registry.log_evaluation(
+        run_id,
+        evaluation,
+        figures=plots.all_plots(result, evaluation, drawn),
+        reports={
+            "evaluation.md": "\n\n".join(
+                [
+                    plots.evaluation_table(evaluation),
+                    plots.candidates_table(result),
+                    plots.groups_table(evaluation),
+                    plots.operating_points_table(evaluation),
+                    plots.importance_table(result.importance),
+                ]
+            )
+        },
+    )
+    return evaluation
+
+
+@dg.multi_asset(
+    name="register_model",
+    specs=[
+        spec(
+            REGISTERED_VERSION,
+            "The model version in MLflow's registry, with its evaluation, fingerprint and training set as tags. "
+            "The same fingerprint is never registered twice.",
+            group=GROUP,
+            kinds={"mlflow"},
+            deps=[EVALUATION],
+        )
+    ],
+    pool="mlflow_operations",
+    retry_policy=RETRY,
+)
+def register_model(
+    context: dg.AssetExecutionContext, pipeline: PipelineResource, registry: dg.ResourceParam[ModelRegistry]
+) -> dg.MaterializeResult[Any]:
+    """Register the evaluated model."""
+    profile = pipeline.profile()
+    evaluated = result_of(context, asset_key(EVALUATION), profile.name)
+    evaluation = _stored_evaluation(registry, evaluated["run_id"])
+    if evaluation is None:
+        raise dg.Failure(f"MLflow run {evaluated['run_id']} has no evaluation", allow_retries=False)
+    before = {item.version for item in registry.versions(profile.model_name)}
+    info = registry.register(
+        profile.model_name,
+        evaluated["run_id"],
+        evaluation,
+        description=f"{evaluated['candidate']} for {profile.title}; target {profile.target.name}",
+    )
+    new = info.version not in before
+    if not new:
+        context.log.info("%s version %s holds this model already.", info.name, info.version)
+    return materialized(
+        asset_key(REGISTERED_VERSION),
+        profile.name,
+        {"model_name": info.name, "version": info.version, "run_id": info.run_id, "new": new},
+        {
+            "model": info.name,
+            "version": info.version,
+            "uri": info.uri,
+            "new_version": new,
+            "registry": dg.MetadataValue.url(f"{registry.tracking_uri}/#/models/{info.name}/versions/{info.version}"),
+        },
+    )
+
+
+def _run_url(registry: ModelRegistry, experiment_id: str, run_id: str) -> str:
+    return f"{registry.tracking_uri}/#/experiments/{experiment_id}/runs/{run_id}"

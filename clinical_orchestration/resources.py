@@ -1,0 +1,175 @@
+"""Dagster resources: configuration only. Each builds the plain adapter of one external system.
+
+Every field may stay empty; the value then comes from the environment that ``pipeline-manager.sh --env`` prints, when
+the run starts. Adapters load their drivers when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from pydantic import Field
+
+from clinical_orchestration.settings import ClientSettings, Variables, lake_root
+from clinical_orchestration.trials import TrialProfile, available_trials, load_trial
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from clinical_orchestration.stores.kafka import Producer, TopicAdmin, TopicReader
+    from clinical_orchestration.stores.online import OnlineStore
+    from clinical_orchestration.stores.registry import ModelRegistry
+    from clinical_orchestration.stores.serving import ServingClient
+    from clinical_orchestration.stores.spark import SparkTables
+    from clinical_orchestration.stores.tables import TableStore
+
+
+class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """What a run works on: the trial, where its files are, and the free-form ``conf`` of whoever started it."""
+
+    trial: str | None = Field(default=None, description="Trial profile; empty: the deployment's default trial.")
+    source: str | None = Field(default=None, description="Folder of SDTM .xpt, .csv or .parquet files; empty: the profile's.")
+    conf: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Free-form; `force_training: true` trains even when nothing changed, "
+        "`full_features: true` computes all features again.",
+    )
+
+    def profile(self) -> TrialProfile:
+        """Return the trial's profile.
+
+        Raises:
+            dagster.Failure: there is no such profile; a retry would not help, so none is made.
+        """
+        name = self.trial or self.conf.get("trial") or ClientSettings().trial
+        try:
+            return load_trial(name)
+        except ValueError as error:
+            raise dg.Failure(str(error), allow_retries=False) from error
+
+    def source_folder(self) -> Path | None:
+        """Return the folder of the trial's files, or None for the profile's own source."""
+        from pathlib import Path
+
+        text = self.source or self.conf.get("source")
+        if not text:
+            return None
+        folder = Path(text).expanduser()
+        if not folder.is_dir():
+            raise dg.Failure(f"the source folder {folder} does not exist; give --source a folder", allow_retries=False)
+        return folder
+
+    def flag(self, name: str) -> bool:
+        """Return whether `conf` sets the flag."""
+        return bool(self.conf.get(name, False))
+
+    def variables(self) -> Variables:
+        """Return the platform's variables as they are now."""
+        return Variables()
+
+
+def profiles() -> dict[str, TrialProfile]:
+    """Return every trial profile by name: records of several trials share the tables."""
+    return {name: load_trial(name) for name in available_trials()}
+
+
+def _table_store(root: str | None) -> TableStore:
+    from clinical_orchestration.stores.tables import DeltaTableStore, storage_options
+
+    settings = ClientSettings()
+    uri = root or lake_root(settings, Variables())
+    return DeltaTableStore(uri, storage_options(settings) if uri.startswith("s3") else None)
+
+
+class TablesResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """The Delta tables of the lakehouse."""
+
+    root: str | None = Field(default=None, description="Folder or s3:// URI; empty: the bucket clinical_data_bucket.")
+
+    def create_resource(self, context: dg.InitResourceContext) -> TableStore:
+        """Return the store of the tables."""
+        return _table_store(self.root)
+
+
+class SparkResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """Spark over the lakehouse; the session is created when a step first asks for it."""
+
+    root: str | None = Field(default=None, description="Folder or s3:// URI; empty: the bucket clinical_data_bucket.")
+
+    def create_resource(self, context: dg.InitResourceContext) -> SparkTables:
+        """Return the tables as Spark sees them."""
+        from clinical_orchestration.stores.spark import spark_tables
+
+        return spark_tables(_table_store(self.root))
+
+
+class KafkaResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """The Kafka topics."""
+
+    enabled: bool | None = Field(default=None, description="Empty: CLINICAL_KAFKA_ENABLED, false where no broker is installed.")
+
+    def available(self) -> bool:
+        """Return whether this deployment has a broker."""
+        return ClientSettings().kafka_enabled if self.enabled is None else self.enabled
+
+    def reader(self) -> TopicReader:
+        """Return a reader by explicit offsets."""
+        from clinical_orchestration.stores.kafka import topic_reader
+
+        return topic_reader()
+
+    def admin(self) -> TopicAdmin:
+        """Return the administration client."""
+        from clinical_orchestration.stores.kafka import topic_admin
+
+        return topic_admin()
+
+    def producer(self) -> Producer:
+        """Return a producer whose records are on all replicas when it says so."""
+        from clinical_orchestration.stores.kafka import producer
+
+        return producer()
+
+
+class OnlineStoreResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """The online features in Redis."""
+
+    def create_resource(self, context: dg.InitResourceContext) -> OnlineStore:
+        """Return the online store."""
+        from clinical_orchestration.stores.online import RedisOnlineStore
+
+        return RedisOnlineStore(ClientSettings().redis_url.get_secret_value(), Variables().feature_store_redis_prefix)
+
+
+class RegistryResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """MLflow: experiment, runs and registered models."""
+
+    def create_resource(self, context: dg.InitResourceContext) -> ModelRegistry:
+        """Return the model registry."""
+        from clinical_orchestration.stores.registry import ModelRegistry
+
+        return ModelRegistry(ClientSettings().mlflow_tracking_uri)
+
+
+class ServingResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """The model server."""
+
+    def create_resource(self, context: dg.InitResourceContext) -> ServingClient:
+        """Return a client of the model server."""
+        from clinical_orchestration.stores.serving import ServingClient
+
+        return ServingClient(ClientSettings().serving_url)
+
+
+def build_resources() -> dict[str, Any]:
+    """Return the resources of a deployment, configured from the environment."""
+    return {
+        "pipeline": PipelineResource(),
+        "tables": TablesResource(),
+        "spark": SparkResource(),
+        "kafka": KafkaResource(),
+        "online": OnlineStoreResource(),
+        "registry": RegistryResource(),
+        "serving": ServingResource(),
+    }

@@ -1,0 +1,75 @@
+"""Client of the model server, for those who deploy to it and want to see the answer."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import httpx
+
+
+class ServingUnavailableError(ConnectionError):
+    """The model server does not answer; the message says where it was expected."""
+
+
+class ServingClient:
+    """Asks a model server over HTTP.
+
+    Args:
+        url: Base URL, such as ``http://127.0.0.1:8000``.
+        timeout_seconds: Of one request.
+    """
+
+    def __init__(self, url: str, *, timeout_seconds: float = 10.0) -> None:
+        self.url = url.rstrip("/")
+        self._timeout = timeout_seconds
+
+    def health(self) -> dict[str, Any]:
+        """Return the server's own report.
+
+        Raises:
+            ServingUnavailableError: no answer, or no JSON.
+        """
+        return self._ask("GET", "/health")
+
+    def predict(self, patient_id: str) -> dict[str, Any]:
+        """Return the prediction for one patient from the online features.
+
+        Raises:
+            ServingUnavailableError: no answer, or an error that the server itself reports (with its advice).
+        """
+        return self._ask("POST", "/predict", {"patient_id": patient_id})
+
+    def served_version(self, trial: str) -> str | None:
+        """Return the model version that answers for a trial now; None while there is none."""
+        model = self.health().get("models", {}).get(trial) or {}
+        version = model.get("model_version")
+        return None if version is None else str(version)
+
+    def await_version(self, trial: str, version: str, *, timeout_seconds: float = 60.0) -> float | None:
+        """Wait until the server answers with `version` and return the seconds it took; None when it never did.
+
+        Raises:
+            ServingUnavailableError: the server does not answer at all.
+        """
+        begin = time.monotonic()
+        while True:
+            if self.served_version(trial) == version:
+                return time.monotonic() - begin
+            if time.monotonic() - begin > timeout_seconds:
+                return None
+            time.sleep(0.25)
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        try:
+            answer = httpx.request(method, self.url + path, json=body, timeout=self._timeout)
+            content = answer.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise ServingUnavailableError(
+                f"the model server at {self.url} does not answer {path} ({type(error).__name__}); "
+                "start level 4 of the stack, or set SERVING_URL"
+            ) from None
+        if answer.is_error:
+            detail = {name: content.get(name) for name in ("error", "detail", "what_to_do") if content.get(name)}
+            raise ServingUnavailableError(f"{path} answered {answer.status_code}: {detail or content}")
+        return dict(content)
