@@ -166,7 +166,9 @@ class _Simulation:
         self.cohort = Cohort(
             count, settings.sites, settings.arms, self.step_ms / 3_600_000, np.random.default_rng(physiology)
         )
-        self.start_ms = round(datetime.fromisoformat(settings.start).timestamp() * 1000)
+        start = datetime.fromisoformat(settings.start)
+        start = start if start.tzinfo else start.replace(tzinfo=UTC)
+        self.start_ms = int(start.timestamp()) * 1000
         self.ids = [f"{study_id}-{self.cohort.site[i] + 1:03d}-{i + 1:05d}" for i in range(count)]
         self.keys = [patient.encode() for patient in self.ids]
         self.site_names = [f"SITE-{site + 1:03d}" for site in range(settings.sites)]

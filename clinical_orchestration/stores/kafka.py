@@ -174,6 +174,9 @@ class TopicAdmin(Protocol):
     def ensure_topics(self, topics: Iterable[str], *, partitions: int = 3) -> list[str]:
         """Make the topics that do not exist and return their names. Existing topics are left as they are."""
 
+    def keep_forever(self, topics: Iterable[str]) -> None:
+        """Let the topics keep their messages whatever their age; old timestamps would expire them at once."""
+
     def commit_group(self, group: str, offsets: Mapping[tuple[str, int], int]) -> None:
         """Publish next offsets by (topic, partition) as those of a consumer group without members."""
 
@@ -304,6 +307,20 @@ class ConfluentTopicAdmin:
             if time.monotonic() > deadline:
                 raise KafkaUnavailableError(f"the broker at {self._servers} does not show the topics it just made")
             time.sleep(0.05)
+
+    def keep_forever(self, topics: Iterable[str]) -> None:
+        """Set ``retention.ms`` to -1: age no longer removes messages."""
+        from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
+
+        def resource(topic: str) -> Any:
+            entry = ConfigEntry("retention.ms", "-1", incremental_operation=AlterConfigOpType.SET)
+            return ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
+
+        resources = [resource(topic) for topic in topics]
+        if resources:
+            futures = self._client.incremental_alter_configs(resources, request_timeout=self._timeout)
+            for topic, future in futures.items():
+                self._result(future, topic.name)
 
     def delete_topics(self, topics: Iterable[str]) -> None:
         """Delete topics and their messages; for tests and for a study's end."""
