@@ -357,61 +357,72 @@ def prepare_folder(root: Path, venv: Path) -> None:
         raise SetupError(f"the environment {venv} cannot be made", why, cure)
 
 
-def start_jars(root: Path, log: Path) -> subprocess.Popen[bytes] | None:
-    """Begin to fetch the jars of Kafka and the Spark connectors, in the background; None where there is no fetcher."""
-    if not (root / "clinical_orchestration" / "stack" / "jars.py").is_file():
-        return None
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "clinical_orchestration.stack.jars"], cwd=root, stdin=subprocess.DEVNULL,
-            stdout=output, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+class JarFetch:
+    """Fetches the jars of Kafka and the Spark connectors while the bytecode is compiled.
+
+    Args:
+        root: the checkout.
+        venv: its environment; the fetcher needs a few of its packages.
+    """
+
+    def __init__(self, root: Path, venv: Path) -> None:
+        self.log = venv / "jars.log"
+        self._root, self._venv = root, venv
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Begin in the background; a second call does nothing."""
+        if self._process is None:
+            with self.log.open("wb") as output:
+                self._process = subprocess.Popen(
+                    [str(self._venv / "bin" / "python"), "-m", "clinical_orchestration.stack.cli", "--fetch-jars"],
+                    cwd=self._root, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                )  # fmt: skip
+
+    def stop(self) -> None:
+        """End it; what was downloaded stays."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+
+    def finish(self, display: Display, limit: float = 90.0) -> None:
+        """Wait at most `limit` seconds; what is missing is fetched at the first start, so this never fails."""
+        self.start()
+        process, started = self._process, time.monotonic()
+        while process is not None and process.poll() is None and time.monotonic() - started < limit:
+            display.tick(f"fetching, {time.monotonic() - started:.0f} s")
+            time.sleep(0.2)
+        display.clear()
+        self.stop()
+        if process is not None and process.returncode:
+            display.note(f"not complete; the start of the stack tries again and says what is missing ({self.log})")
 
 
-def finish_jars(process: subprocess.Popen[bytes] | None, log: Path, display: Display, limit: float = 60.0) -> None:
-    """Wait at most `limit` seconds for the jars; what is missing is fetched at the first start, so this never fails."""
-    if process is None:
-        return
-    started = time.monotonic()
-    while process.poll() is None and time.monotonic() - started < limit:
-        display.tick(f"fetching the jars of Kafka and Spark, {time.monotonic() - started:.0f} s")
-        time.sleep(0.2)
-    display.clear()
-    if process.poll() is None:
-        process.terminate()
-        process.wait()
-    if process.returncode:
-        display.note(f"the jars of Kafka and the Spark connectors are not complete; the start tries again ({log})")
-
-
-def set_up(root: Path, venv: Path, display: Display) -> None:
-    """Bring the environment to what the lock file says.
+def set_up(root: Path, venv: Path, display: Display, *, again: bool = False) -> None:
+    """Bring the environment to what the lock file says; with `again` also where it was complete before.
 
     Raises:
         SetupError: with cause and cure.
     """
     started = time.monotonic()
     with exclusive(venv, display):
-        if is_ready(root, venv):  # the one we waited for has done it
+        if not again and is_ready(root, venv):  # the one we waited for has done it
             return
         wanted = fingerprint(root)
         display.step(f"Python {sys.version.split()[0]} ({sys.executable})")
         prepare_folder(root, venv)
         (venv / STAMP).unlink(missing_ok=True)
         environment = writable_environment(venv)
-        jars_log = venv / "jars.log"
-        jars = start_jars(root, jars_log)
+        jars = JarFetch(root, venv)
         try:
             display.step("uv, which installs the packages")
             uv = find_uv(venv, environment, display)
             display.step("Packages of uv.lock, with compiled bytecode (a few minutes the first time)")
-            _sync(root, venv, uv, environment, display)
+            _sync(root, venv, uv, environment, display, jars)
             display.step("Jars of Kafka and the Spark connectors")
-            finish_jars(jars, jars_log, display)
+            jars.finish(display)
         except BaseException:
-            if jars is not None:
-                jars.terminate()
-                jars.wait()
+            jars.stop()
             raise
         temporary = venv / f"{STAMP}.new"
         temporary.write_text(wanted + "\n", encoding="ascii")
@@ -419,7 +430,7 @@ def set_up(root: Path, venv: Path, display: Display) -> None:
     display.note(f"environment ready in {time.monotonic() - started:.0f} s")
 
 
-def _sync(root: Path, venv: Path, uv: str, environment: dict[str, str], display: Display) -> None:
+def _sync(root: Path, venv: Path, uv: str, environment: dict[str, str], display: Display, jars: JarFetch) -> None:
     progress = UvProgress()
     log = (venv / "setup.log").open("w", encoding="utf-8")
 
@@ -428,6 +439,8 @@ def _sync(root: Path, venv: Path, uv: str, environment: dict[str, str], display:
         log.flush()
         if note := progress.feed(line):
             display.note(note)
+            if progress.phase == "compiling bytecode":
+                jars.start()
 
     command = [uv, "sync", "--project", str(root), "--python", str(venv / "bin" / "python"), "--frozen",
                "--compile-bytecode"]  # fmt: skip
@@ -451,12 +464,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, required=True, help="the checkout")
     parser.add_argument("--venv", type=Path, required=True, help="the environment's folder")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 3 where a set-up is needed")
+    parser.add_argument("--again", action="store_true", help="install again, even where it is complete")
     options = parser.parse_args(arguments)
     display = Display(sys.stderr, steps=4)
     try:
         if options.check:
             return 0 if is_ready(options.root, options.venv) else 3
-        set_up(options.root, options.venv, display)
+        set_up(options.root, options.venv, display, again=options.again)
     except SetupError as error:
         display.clear()
         sys.stderr.write(f"error: {error.what}\n  why:  {error.why}\n  cure: {error.cure}\n")
