@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,8 @@ def create_app(
                 ready.set_result(None)
 
         def tell() -> None:
-            loop.call_soon_threadsafe(finish)
+            with suppress(RuntimeError):  # the server is ending and nobody waits any more
+                loop.call_soon_threadsafe(finish)
 
         if problem := engine.submit(instances, tell):
             raise _RefusedError(problem)
