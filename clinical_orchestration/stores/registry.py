@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 import time
 import urllib.error
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 EXPERIMENT = "clinical_adverse_events"
 CHAMPION = "champion"
@@ -57,12 +58,23 @@ TRUSTED_TYPES = (
 )
 """What a stored model may hold beyond what skops trusts by itself: the types of our own candidates."""
 
+_MLFLOW_DEFAULTS = {
+    # as MLflow sets them, a broken artifact store is an error only after four minutes; this way after 20 seconds
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+    # nothing leaves for MLflow's makers
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # logs of runs are read by people: no progress bars, no addresses printed to standard output
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+"""Settings of the MLflow library where the environment sets nothing; the library reads them from there only."""
+
 _ANSWER_SECONDS = 5.0
 _PING_EVERY_SECONDS = 1.0
 _PARAMS_A_BATCH = 100
 _METRICS_A_BATCH = 900
 _DATASET_DIGEST_LENGTH = 36
-_logger = logging.getLogger(__name__)
 
 
 class RegistryError(RuntimeError):
@@ -456,6 +468,7 @@ class ModelRegistry:
                 run_id=run_id,
                 model_id=model_id,
                 tags=own,
+                await_creation_for=0,  # this server creates it in the same request
                 description=description or f"{known.get(CANDIDATE_TAG, 'model')}, AUROC {auroc}, AUPRC {auprc}",
             )
             return _version_info(created)
@@ -576,15 +589,18 @@ class ModelRegistry:
 
     def _client(self) -> Any:
         if self._mlflow_client is None:
+            for name, value in _MLFLOW_DEFAULTS.items():
+                os.environ.setdefault(name, value)
             from mlflow import MlflowClient
 
             self._mlflow_client = MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
         return self._mlflow_client
 
-    def _call(self, what: str, ask: Callable[[], T]) -> T:
+    def _call(self, what: str, ask: Callable[[], _T]) -> _T:
         """Run `ask`; turn what MLflow raises into this module's errors."""
         if time.monotonic() - self._answered > _PING_EVERY_SECONDS:
             self.ping()
+        self._client()  # sets MLflow's environment before anything of it is imported
         from mlflow.exceptions import MlflowException
         from requests.exceptions import RequestException
 
