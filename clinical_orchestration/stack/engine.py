@@ -49,6 +49,8 @@ from clinical_orchestration.stack.settings import (
 BACK_OFF = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds before the first, second ... restart; the last holds for all further ones."""
 
+JAR_VARIABLES = ("CLINICAL_KAFKA_ENABLED", "CLINICAL_SPARK_CONNECTORS")
+
 STEADY_SECONDS = 60.0
 """A service that ran this long starts its back-off anew."""
 
@@ -199,8 +201,17 @@ class Engine:
             self.jars_error = error
             self.emit(Event("error", str(error), time.time()))
         finally:
-            self.settings.refresh_installed()
+            self.settings.refresh_installed(run_java=True)
             self.jars_ready.set()
+            self._restart_outdated()
+
+    def _restart_outdated(self) -> None:
+        """Give running services a new process that were started without jars which are there now."""
+        current = self.settings.environment()
+        for unit in self.units.values():
+            before = unit.spawned_environment
+            if unit.running and before is not None and any(before.get(name) != current[name] for name in JAR_VARIABLES):
+                unit.request_restart()
 
     # -- started processes, for the clean-up after a crash
 

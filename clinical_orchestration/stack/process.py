@@ -105,6 +105,24 @@ def spawn(
         raise StackError(f"{command[0]} cannot be started: {error}", disk_cure(error, log.parent)) from error
 
 
+def spawn_detached(command: Sequence[str], *, log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a program that outlives the caller, in a session of its own; its output is appended to ``log``."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab", buffering=0) as stream:
+            return subprocess.Popen(
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                cwd="/",
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise StackError(f"{command[0]} cannot be started: {error}", disk_cure(error, log.parent)) from error
+
+
 def end_group(process: subprocess.Popen[bytes], timeout: float, first: signal.Signals = signal.SIGTERM) -> bool:
     """End a spawned program and its process group: ``first``, and SIGKILL after ``timeout`` seconds.
 

@@ -144,11 +144,16 @@ class StackSettings(BaseModel):
         settings.refresh_installed()
         return settings
 
-    def refresh_installed(self) -> None:
-        """Look anew whether Kafka and Spark's connectors can be used here."""
+    def refresh_installed(self, run_java: bool = False) -> None:
+        """Look anew whether Kafka and Spark's connectors can be used here; ``run_java`` asks Java for its version."""
         from clinical_orchestration.stack import jars, java
 
         runs_java = bool(java.candidates())
+        if run_java:
+            try:
+                java.find_java()
+            except StackError:
+                runs_java = False
         self.kafka_installed = runs_java and jars.installed(self.jars, "kafka")
         self.spark_connectors_installed = runs_java and jars.installed(self.jars, "spark")
 

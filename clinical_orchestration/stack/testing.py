@@ -12,7 +12,6 @@ from clinical_orchestration.stack.model import StackError, State
 from clinical_orchestration.stack.services import with_needs
 from clinical_orchestration.stack.settings import INTERNAL_PORTS, PUBLIC_PORTS, StackSettings
 
-
 S3_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_S3_ENDPOINT_URL")
 
 
@@ -27,9 +26,9 @@ def embedded(
     """Start the named services and what they need; yield the environment of their clients.
 
     Names are those of :func:`.services.specs` (``postgres``, ``s3``, ``redis``, ``kafka``, ``spark``, ``mlflow``
-    ...). All ports are free ones, all state is below ``home``, jars are shared with stacks
-    (``CLINICAL_JARS``). ``use`` is the environment of services that already run: its S3 takes the place of an own one
-    for Spark and in what is yielded. The services are ready when this yields and gone afterwards, also when the calling process is
+    ...). All ports are free ones, all state is below ``home``, jars are shared with stacks (``CLINICAL_JARS``).
+    ``use`` is the environment of services that already run: its S3 takes the place of an own one for Spark and in
+    what is yielded. The services are ready when this yields and gone afterwards, also when the calling process is
     killed. Raises :class:`NotInstalledError` where one cannot be had, :class:`StackError` where one does not start.
     """
     home.mkdir(parents=True, exist_ok=True)
