@@ -229,6 +229,24 @@ class ConfluentTopicAdmin:
                 raise UnknownTopicError(f"there is no topic {what}") from error
             raise RuntimeError(f"{what}: {error.args[0].str()}") from error
 
+    def _asked(self, ask: Callable[[], Any], what: str) -> dict[Any, Any]:
+        """Return the results of a read request, repeated while leaders move: directly after a topic is made, say."""
+        from confluent_kafka import KafkaException
+
+        deadline = time.monotonic() + self._timeout
+        while True:
+            futures = ask()
+            try:
+                for future in futures.values():
+                    future.result(self._timeout + 1)
+            except KafkaException as error:
+                if error.args[0].code() in _moving_codes() and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    continue
+            except TimeoutError:
+                pass  # named below
+            return {key: self._result(future, what) for key, future in futures.items()}
+
     def partitions(self) -> dict[str, list[int]]:
         """Return the partitions of every topic that is not internal.
 
@@ -255,8 +273,10 @@ class ConfluentTopicAdmin:
         """Return the broker's UUID of this incarnation of the topic."""
         from confluent_kafka import TopicCollection
 
-        futures = self._client.describe_topics(TopicCollection([topic]), request_timeout=self._timeout)
-        return str(self._result(futures[topic], topic).topic_id)
+        def ask() -> Any:
+            return self._client.describe_topics(TopicCollection([topic]), request_timeout=self._timeout)
+
+        return str(self._asked(ask, topic)[topic].topic_id)
 
     def offsets(self, topic: str) -> dict[int, OffsetRange]:
         """Return the kept offset range of every partition of `topic`."""
@@ -268,12 +288,14 @@ class ConfluentTopicAdmin:
             raise UnknownTopicError(f"there is no topic {topic}")
         bounds: list[dict[int, int]] = []
         for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):
-            futures = self._client.list_offsets(
-                {TopicPartition(topic, partition): spec for partition in partitions},
-                isolation_level=IsolationLevel.READ_COMMITTED,
-                request_timeout=self._timeout,
-            )
-            bounds.append({key.partition: self._result(future, topic).offset for key, future in futures.items()})
+            wanted = {TopicPartition(topic, partition): spec for partition in partitions}
+
+            def ask(wanted: dict[Any, Any] = wanted) -> Any:
+                return self._client.list_offsets(
+                    wanted, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=self._timeout
+                )
+
+            bounds.append({key.partition: answer.offset for key, answer in self._asked(ask, topic).items()})
         begins, ends = bounds
         return {partition: OffsetRange(begins[partition], ends[partition]) for partition in partitions}
 
@@ -342,20 +364,24 @@ class ConfluentTopicAdmin:
         if not offsets:
             return
         wanted = [TopicPartition(topic, partition, offset) for (topic, partition), offset in offsets.items()]
-        futures = self._client.alter_consumer_group_offsets(
-            [ConsumerGroupTopicPartitions(group, wanted)], request_timeout=self._timeout
-        )
-        for future in futures.values():
-            self._result(future, f"consumer group {group}")
+
+        def ask() -> Any:
+            return self._client.alter_consumer_group_offsets(
+                [ConsumerGroupTopicPartitions(group, wanted)], request_timeout=self._timeout
+            )
+
+        self._asked(ask, f"consumer group {group}")
 
     def group_offsets(self, group: str) -> dict[tuple[str, int], int]:
         """Return the published next offsets of a group."""
         from confluent_kafka import ConsumerGroupTopicPartitions
 
-        futures = self._client.list_consumer_group_offsets(
-            [ConsumerGroupTopicPartitions(group)], request_timeout=self._timeout
-        )
-        answer = self._result(futures[group], f"consumer group {group}")
+        def ask() -> Any:
+            return self._client.list_consumer_group_offsets(
+                [ConsumerGroupTopicPartitions(group)], request_timeout=self._timeout
+            )
+
+        answer = self._asked(ask, f"consumer group {group}")[group]
         return {(item.topic, item.partition): item.offset for item in answer.topic_partitions if item.offset >= 0}
 
     def lag(self, group: str, topics: Iterable[str]) -> dict[tuple[str, int], int]:
@@ -623,6 +649,22 @@ def _unavailable_codes() -> frozenset[int]:
             KafkaError.BROKER_NOT_AVAILABLE,
             KafkaError.LEADER_NOT_AVAILABLE,
             KafkaError.COORDINATOR_NOT_AVAILABLE,
+        }
+    )
+
+
+def _moving_codes() -> frozenset[int]:
+    """Return the errors of a partition whose leader changes, which pass by themselves within moments."""
+    from confluent_kafka import KafkaError
+
+    return frozenset(
+        {
+            KafkaError.LEADER_NOT_AVAILABLE,
+            KafkaError.NOT_LEADER_FOR_PARTITION,
+            KafkaError.FENCED_LEADER_EPOCH,
+            KafkaError.UNKNOWN_LEADER_EPOCH,
+            KafkaError.OFFSET_NOT_AVAILABLE,
+            KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
         }
     )
 
