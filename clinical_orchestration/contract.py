@@ -5,6 +5,7 @@ Dagster's step of a task carries the task's id; ``start_*`` and ``end_*`` stand 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 OWNER = "clinical_trials_team"
@@ -50,7 +51,7 @@ class Pipeline:
 
 def _chain(*stages: str | tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     groups = [(stage,) if isinstance(stage, str) else stage for stage in stages]
-    return tuple((a, b) for left, right in zip(groups, groups[1:], strict=False) for a in left for b in right)
+    return tuple((a, b) for left, right in itertools.pairwise(groups) for a in left for b in right)
 
 
 CLINICAL_DATA_PIPELINE = Pipeline(

@@ -29,7 +29,9 @@ class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     """What a run works on: the trial, where its files are, and the free-form ``conf`` of whoever started it."""
 
     trial: str | None = Field(default=None, description="Trial profile; empty: the deployment's default trial.")
-    source: str | None = Field(default=None, description="Folder of SDTM .xpt, .csv or .parquet files; empty: the profile's.")
+    source: str | None = Field(
+        default=None, description="Folder of SDTM files (.xpt, .csv, .parquet); empty: as the profile says."
+    )
     conf: dict[str, Any] = Field(
         default_factory=dict,
         description="Free-form; `force_training: true` trains even when nothing changed, "
@@ -59,6 +61,10 @@ class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         if not folder.is_dir():
             raise dg.Failure(f"the source folder {folder} does not exist; give --source a folder", allow_retries=False)
         return folder
+
+    def scratch(self) -> Path:
+        """Return the folder of files that the deployment makes for itself."""
+        return ClientSettings().home / "data" / "simulation"
 
     def flag(self, name: str) -> bool:
         """Return whether `conf` sets the flag."""
@@ -107,7 +113,7 @@ class SparkResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 class KafkaResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     """The Kafka topics."""
 
-    enabled: bool | None = Field(default=None, description="Empty: CLINICAL_KAFKA_ENABLED, false where no broker is installed.")
+    enabled: bool | None = Field(default=None, description="Empty: as CLINICAL_KAFKA_ENABLED says.")
 
     def available(self) -> bool:
         """Return whether this deployment has a broker."""

@@ -8,6 +8,8 @@ and ``mlflow`` commands and a notebook alike. Ports and folders of the embedded 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -29,6 +31,7 @@ class ClientSettings(BaseSettings):
     airflow_url: str = Field("http://127.0.0.1:8085", alias="AIRFLOW_URL")
     postgres_url: SecretStr = Field(SecretStr(""), alias="POSTGRES_URL")
     gateway_url: str = Field("http://127.0.0.1:8081", alias="GATEWAY_URL")
+    home: Path = Field(Path(".clinical"), alias="CLINICAL_HOME", description="Folder of the deployment's own state.")
     lake_root: str = Field("", alias="CLINICAL_LAKE_ROOT", description="Empty: s3://{clinical_data_bucket}.")
     trial: str = Field("cdisc-pilot", alias="CLINICAL_TRIAL", description="Default trial profile.")
     kafka_enabled: bool = Field(True, alias="CLINICAL_KAFKA_ENABLED", description="False where no broker is installed.")

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from clinical_orchestration.ingestion.files import FileIngestReport, ingest_files
 from clinical_orchestration.ingestion.kafka import TopicIngestReport, ingest_topics
+from clinical_orchestration.ingestion.simulate import ensure_simulated, ensure_simulated_files
 from clinical_orchestration.stores.tables import TableStore
+from clinical_orchestration.tables import bronze
 
 if TYPE_CHECKING:
     from clinical_orchestration.stores.kafka import Producer, TopicAdmin, TopicReader
@@ -39,20 +41,24 @@ class Kafka(Protocol):
 
 @dataclass(frozen=True)
 class SourcesReport:
-    """What one :func:`ingest_sources` brought. `topics` is None without a broker."""
+    """What one :func:`ingest_sources` brought.
+
+    `topics` is None without a broker; `simulated` counts rows by raw table that came from a simulation's files then.
+    """
 
     files: FileIngestReport
     topics: TopicIngestReport | None
+    simulated: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
     def appended(self) -> int:
         """Raw rows written."""
-        return self.files.appended + (self.topics.rows if self.topics else 0)
+        return self.files.appended + sum(self.simulated.values()) + (self.topics.rows if self.topics else 0)
 
     def counts(self, domain: str) -> dict[str, int]:
         """Return rows appended to one raw table, in all and by kind of source."""
-        from_files = self.files.by_table().get(domain, 0)
+        from_files = self.files.by_table().get(domain, 0) + self.simulated.get(domain, 0)
         topic = self.topics.topics.get(domain) if self.topics else None
         from_topics = topic.rows if topic else 0
         return {
@@ -82,6 +88,7 @@ def ingest_sources(
     source: Path | None,
     topics: Mapping[str, str],
     now: datetime,
+    scratch: Path,
     say: Callable[[str], None],
 ) -> SourcesReport:
     """Bring what is new in a trial's files, simulation and topics into ``bronze/*``.
@@ -93,6 +100,7 @@ def ingest_sources(
         source: folder of SDTM files instead of the profile's.
         topics: raw table -> topic.
         now: time of ingestion, UTC.
+        scratch: folder for the files of a simulation where there is no broker.
         say: takes one line of progress at a time.
 
     Raises:
@@ -102,10 +110,24 @@ def ingest_sources(
     files = ingest_files(tables, profile, source, now=now)
     for file in files.files:
         say(f"{file.name}: {file.rows} rows, {file.appended} new")
+    simulate = profile.sources.simulation is not None and source is None
     if not kafka.available():
-        return SourcesReport(files, None, ["Kafka is not installed here: records come from files only"])
+        simulated: dict[str, int] = {}
+        if simulate:
+            before = {domain: tables.row_count(bronze(domain)) for domain in topics}
+            made = ensure_simulated_files(tables, scratch, profile, topics, now=now)
+            simulated = {domain: tables.row_count(bronze(domain)) - rows for domain, rows in before.items()}
+            say(f"simulation in files: {made.produced} new messages, {made.present} were there")
+        return SourcesReport(files, None, simulated, ["Kafka is not installed here: records come from files only"])
     reader, admin = kafka.reader(), kafka.admin()
     try:
+        if simulate:
+            producer = kafka.producer()
+            try:
+                done = ensure_simulated(reader, producer, admin, profile, topics)
+            finally:
+                producer.close()
+            say(f"simulation in Kafka: {done.produced} messages produced, {done.present} were there")
         report = ingest_topics(tables, reader, topics, default_trial=profile.name, now=now, admin=admin)
     finally:
         reader.close()
@@ -113,4 +135,4 @@ def ingest_sources(
     for topic in report.topics.values():
         if topic.rows:
             say(f"topic {topic.topic}: {topic.rows} new messages")
-    return SourcesReport(files, report, list(report.warnings))
+    return SourcesReport(files, report, notes=list(report.warnings))

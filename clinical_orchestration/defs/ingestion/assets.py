@@ -102,7 +102,9 @@ def validate_clinical_data(
     now = datetime.now(UTC)
     topics = pipeline.variables().topics()
     try:
-        report = ingest_sources(tables, kafka, profile, pipeline.source_folder(), topics, now, context.log.info)
+        report = ingest_sources(
+            tables, kafka, profile, pipeline.source_folder(), topics, now, pipeline.scratch(), context.log.info
+        )
     except SdtmFileError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     for note in report.notes:
