@@ -147,8 +147,10 @@ def decode_arrow(
     arrays = []
     for schema_field in schema:
         name = schema_field.name
-        source = origins if name in extra else out
-        arrays.append(pa.array([row.get(name) for row in source], type=schema_field.type))
+        values: list[Any] = [row.get(name) for row in (origins if name in extra else out)]
+        if columns[name] == "timestamp":
+            values = _to_micros(values)
+        arrays.append(pa.array(values, type=schema_field.type))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
@@ -158,6 +160,20 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 @lru_cache(maxsize=65536)
 def _from_micros(value: int) -> datetime:
     return _EPOCH + timedelta(microseconds=value)
+
+
+def _to_micros(values: list[Any]) -> list[int | None]:
+    """Return datetimes as microseconds since 1970: Arrow takes these ten times as fast as datetimes with a zone."""
+    seen: dict[int, int | None] = {id(None): None}
+    micros: list[int | None] = []
+    for value in values:
+        # the rows of one record share their datetime objects, which `values` keeps alive: identity is enough
+        key = id(value)
+        if key not in seen:
+            since = value - _EPOCH
+            seen[key] = (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
+        micros.append(seen[key])
+    return micros
 
 
 _BRONZE_FIELDS = (
