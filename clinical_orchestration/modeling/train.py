@@ -42,7 +42,7 @@ TIE = 0.005
 # and slow boosting. No class weights: they would shift every probability, and the promotion rule bounds the calibration
 # error.
 HYPER_PARAMETERS: dict[str, dict[str, float | int | str]] = {
-    "logistic_regression": {"C": 0.002, "max_iter": 1000},
+    "logistic_regression": {"log_odds_variance": 0.4, "max_iter": 1000},
     "random_forest": {"n_estimators": 200, "min_samples_leaf": 12, "max_features": "sqrt", "max_samples": 0.7},
     "xgboost": {
         "n_estimators": 150, "max_depth": 2, "learning_rate": 0.05, "subsample": 0.7, "colsample_bytree": 0.3,
@@ -62,11 +62,16 @@ def hyper_parameters() -> dict[str, str]:
     }
 
 
-def candidates(seed: int) -> dict[str, EstimatorFactory]:
+def candidates(seed: int, features: int = 200) -> dict[str, EstimatorFactory]:
     """Return the candidate models by name; calling a value gives a new, unfitted scikit-learn estimator.
 
     All take missing values: the logistic regression imputes the median and adds an indicator a feature with gaps, the
     trees learn a side for them. The ensemble averages the probabilities of the three others (soft voting).
+
+    Args:
+        seed: Of everything random in the models.
+        features: Number of features. The ridge of the logistic regression grows with it, so that the log odds have the
+            same variance beforehand whether a trial has ten features or three hundred.
     """
 
     def logistic_regression() -> Any:
@@ -75,12 +80,14 @@ def candidates(seed: int) -> dict[str, EstimatorFactory]:
         from sklearn.pipeline import Pipeline
         from sklearn.preprocessing import StandardScaler
 
+        own = HYPER_PARAMETERS["logistic_regression"]
+        ridge = float(own["log_odds_variance"]) / max(1, features)
         return Pipeline(
             [
                 # a feature that is empty in a fold stays a column (of zeros), so that folds and final model agree
                 ("impute", SimpleImputer(strategy="median", add_indicator=True, keep_empty_features=True)),
                 ("scale", StandardScaler()),
-                ("model", LogisticRegression(random_state=seed, **HYPER_PARAMETERS["logistic_regression"])),
+                ("model", LogisticRegression(C=ridge, max_iter=int(own["max_iter"]), random_state=seed)),
             ]
         )
 
@@ -185,7 +192,7 @@ class TrainingData:
         """Return features of some rows with their names, the shape in which models are fitted and asked."""
         import pandas as pd
 
-        return pd.DataFrame(self.features[rows], columns=list(self.feature_names), copy=False)
+        return pd.DataFrame(self.features[rows], columns=list(self.feature_names), copy=True)
 
     def digest(self) -> str:
         """Return a SHA-256 over names, values, labels and subject numbering: equal rows, equal digest."""
@@ -330,7 +337,7 @@ class CrossValidation:
                     auroc_without_choice=head["auroc_without_choice"],
                     importance=tuple(FeatureImportance(**item) for item in head["importance"]),
                 )
-        except (KeyError, TypeError, OSError, EOFError) as error:
+        except (KeyError, TypeError, ValueError, OSError, EOFError) as error:
             raise ValueError(f"no stored cross-validation: {type(error).__name__}") from None
 
 
@@ -411,14 +418,14 @@ def cross_validate(
     if not isinstance(data, TrainingData):
         data = TrainingData.from_frame(data, feature_names or ())
     fold = assign_folds(data, seed, folds)
-    factories = candidates(seed)
+    factories = candidates(seed, len(data.feature_names))
     probabilities = {name: np.zeros(data.rows) for name in MEMBERS}
     fitted: list[dict[str, Any]] = []
     for number in range(folds):
         inside, outside = fold != number, fold == number
         models = {}
         for name in MEMBERS:
-            model = factories[name]().fit(data.features[inside], data.labels[inside])
+            model = _single_threaded(factories[name]().fit(data.features[inside], data.labels[inside]))
             probabilities[name][outside] = model.predict_proba(data.features[outside])[:, 1]
             models[name] = model
         fitted.append(models)
@@ -502,6 +509,17 @@ def _model_weights(model: Any, width: int) -> Floats:
     return np.asarray(np.abs(model[-1].coef_[0][:width]), dtype=np.float64)
 
 
+def _single_threaded(estimator: Any) -> Any:
+    """Let a fitted model answer in one thread.
+
+    A forest adds up its trees in the order in which threads finish, which changes the last digit from call to call.
+    """
+    for part in [estimator, *getattr(estimator, "named_estimators_", {}).values()]:
+        if isinstance(getattr(part, "n_jobs", None), int):
+            part.set_params(n_jobs=1)
+    return estimator
+
+
 @dataclass(frozen=True)
 class FittedModel:
     """A model fitted on all rows; `estimator` takes a frame with the feature names as columns, in this order."""
@@ -530,7 +548,7 @@ def fit_final(
     """
     if not isinstance(data, TrainingData):
         data = TrainingData.from_frame(data, feature_names or ())
-    factories = candidates(seed)
+    factories = candidates(seed, len(data.feature_names))
     if name not in factories:
         raise ValueError(f"there is no candidate {name!r}; there are {', '.join(factories)}")
     if data.rows < MIN_ROWS:
@@ -538,7 +556,4 @@ def fit_final(
     if not 0 < int(data.labels.sum()) < data.rows:
         raise TrainingDataError("both outcomes are needed; one is absent")
     estimator = factories[name]().fit(data.frame(), data.labels.astype(np.int64))
-    for part in [estimator, *getattr(estimator, "estimators_", [])]:
-        if hasattr(part, "n_jobs") and "n_jobs" in part.get_params(deep=False):
-            part.set_params(n_jobs=1)
-    return FittedModel(name, estimator, data.feature_names, data.rows, len(np.unique(data.subjects)))
+    return FittedModel(name, _single_threaded(estimator), data.feature_names, data.rows, len(np.unique(data.subjects)))
