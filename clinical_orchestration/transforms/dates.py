@@ -31,6 +31,11 @@ class PartialDate:
     latest: datetime | None
     precision: str
 
+    @property
+    def column_precision(self) -> str:
+        """The precision as silver tables hold it, where a time known to the hour counts as known to the day."""
+        return "day" if self.precision == "hour" else self.precision
+
 
 MISSING = PartialDate(None, None, "missing")
 

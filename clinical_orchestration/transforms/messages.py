@@ -624,7 +624,7 @@ def _adverse_events(
             "event_id": None,
             "causality": None,
             "outcome": None,
-            "onset_precision": onset.precision,
+            "onset_precision": onset.column_precision,
             "end_time": None,
             "reported_by": get("reported_by"),
         }

@@ -425,7 +425,7 @@ def _ae(row: _Row, profile: TrialProfile) -> _Mapped:
         "event_id": columns["event_id"],
         "causality": columns["causality"],
         "outcome": columns["outcome"],
-        "onset_precision": onset.precision,
+        "onset_precision": onset.column_precision,
         "end_time": end.latest,
         "reported_by": columns["reported_by"],
     }
@@ -478,7 +478,7 @@ def _medication(row: _Row, prefix: str, start: PartialDate, end: PartialDate, *,
         "frequency": columns["frequency"],
         "indication": columns["indication"],
         "start_time": start.earliest,
-        "start_precision": start.precision,
+        "start_precision": start.column_precision,
         "end_time": end.latest,
         "study_drug": study_drug,
     }

@@ -167,6 +167,7 @@ def test_adverse_events() -> None:
     assert row["end_time"] == datetime(2014, 12, 31, 23, 59, 59, tzinfo=UTC)
     assert row["received_at"] == datetime(2014, 1, 16, 23, 59, 59, tzinfo=UTC)
     assert (row["serious"], row["event_type"]) == (True, "ERYTHEMA")
+    assert one("AE", AESTDTC="2014-01-03T10")["onset_precision"] == "day"
     assert one("AE", AEDTC=None)["received_at"] == datetime(2014, 1, 3, 23, 59, 59, tzinfo=UTC)
     assert faults("AE", AESEV="TERRIBLE") == ["unknown_severity"]
     assert faults("AE", AESTDTC=None) == ["missing_time"]
