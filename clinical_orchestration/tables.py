@@ -1,7 +1,8 @@
 """Names and columns of the lakehouse tables: the contract between ingestion, features, models and readers.
 
 A column type is one of ``string``, ``double``, ``long``, ``int``, ``boolean``, ``timestamp`` (UTC, microseconds),
-``date`` and ``array<string>``; :func:`arrow_schema` turns a table's columns into Arrow, :func:`spark_ddl` into Spark DDL.
+``date`` and ``array<string>``; :func:`arrow_schema` turns a table's columns into Arrow, :func:`spark_ddl` into Spark
+DDL.
 """
 
 from __future__ import annotations
