@@ -19,7 +19,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -56,13 +56,15 @@ ROWS_PER_PARTITION = 8_000
 ROWS_PER_FILE = 1_000_000
 """Rows of one written file at most, about."""
 
-LARGE_SILVER_ROWS = 2_000_000
-"""From here, silver's keys are first reduced to those that the increment has."""
+MAX_PARTITIONS = 200
+"""Decode tasks at most."""
 
-_PAYLOAD = "_payload"
-_FIRST = "_first"
-_PASSTHROUGH = {COMMIT_VERSION: "long", _PAYLOAD: "string"}
-_INTERNAL = (COMMIT_VERSION, _PAYLOAD, _FIRST, "_outcome", "_accepted_position", "_reasons")
+CONFLICT_RULE = "conflicting_record"
+"""Rule of the quarantine reason for a record whose key an accepted record with other content has."""
+
+_ROWS = "_rows"
+_PASSTHROUGH = {COMMIT_VERSION: "long"}
+_QUARANTINED_FROM_RECORD = ("trial", "source", "source_position", "payload", COMMIT_VERSION)
 
 # what Spark and delta-rs say when the log or the files of an old version are gone
 _INCREMENT_LOST = (
@@ -265,63 +267,56 @@ def _refine_rows(
 
     started = time.monotonic()
     domain, app_id, until = found.domain, bronze(found.domain), found.until or 0
-    rows = read().select(*BRONZE_COLUMNS, COMMIT_VERSION)
+    records = read().select(*BRONZE_COLUMNS, COMMIT_VERSION)
     tasks = -(-found.rows // ROWS_PER_PARTITION)
-    if tasks > 1:  # a bronze file is one task otherwise
-        rows = rows.repartition(min(tasks, 200))
-    decoded = rows.mapInArrow(_decoder(domain, profiles), spark_ddl(_decoded_columns(domain)))
-    known_rows = tables.row_count(silver(domain))
-    large = known_rows >= LARGE_SILVER_ROWS
-    if large:
-        decoded = decoded.persist()
-    classified = _classify(decoded, spark_tables.read(silver(domain)) if known_rows else None, reduce=large).persist()
+    # a bronze file is one task otherwise
+    spread = records.repartition(min(tasks, MAX_PARTITIONS)) if tasks > 1 else records
+    decoded = spread.mapInArrow(_decoder(domain, profiles), spark_ddl(_decoded_columns(domain))).persist()
+    before = spark_tables.read(silver(domain)) if tables.row_count(silver(domain)) else None
+    repeats = _repeats(decoded, before).persist()
     try:
-        report = _count(classified, found)
-        files = max(1, -(-report.rows // ROWS_PER_FILE))
-        written: dict[str, int | None] = {
-            name: spark_tables.transaction_version(name, app_id) for name in (QUARANTINE, DUPLICATES)
-        }
+        report = _count(decoded, repeats, found)
+        left = {name: spark_tables.transaction_version(name, app_id) for name in (QUARANTINE, DUPLICATES)}
 
-        def missing(name: str) -> DataFrame:
-            """Return the rows of a destination that a killed run did not leave there, one a record."""
-            reached = written[name]
-            rows = classified.where(F.col(_FIRST))
+        def unwritten(rows: DataFrame, name: str) -> DataFrame:
+            """Return the rows that a killed run did not leave in a destination."""
+            reached = left[name]
             return rows if reached is None else rows.where(F.col(COMMIT_VERSION) > reached)
 
+        time_now = F.lit(now).cast("timestamp")
         if report.quarantined:
-            rejected = missing(QUARANTINE).where("_outcome = 'quarantined'")
-            rejected = rejected.select(
-                F.lit(domain).alias("table"),
-                "trial",
-                "source",
-                "source_position",
-                F.col("_reasons").alias("reasons"),
-                F.col(_PAYLOAD).alias("payload"),
-                F.lit(now).cast("timestamp").alias("quarantined_at"),
-            ).select(*QUARANTINE_COLUMNS)
-            spark_tables.append(QUARANTINE, rejected.coalesce(1), app_id=app_id, app_version=until)
+            rejected = unwritten(decoded.where("reasons IS NOT NULL"), QUARANTINE).select(
+                *_QUARANTINED_FROM_RECORD, "reasons"
+            )
+            if report.reasons.get(CONFLICT_RULE):
+                conflicts = unwritten(repeats.where("_outcome = 'conflict'"), QUARANTINE)
+                conflicts = records.join(conflicts.select("source_position", "reasons"), "source_position")
+                rejected = rejected.unionByName(conflicts.select(*_QUARANTINED_FROM_RECORD, "reasons"))
+            rejected = rejected.withColumn("table", F.lit(domain)).withColumn("quarantined_at", time_now)
+            rejected = rejected.select(*QUARANTINE_COLUMNS).coalesce(_files(report.quarantined))
+            spark_tables.append(QUARANTINE, rejected, app_id=app_id, app_version=until, rows=report.quarantined)
         if report.duplicates:
-            repeated = missing(DUPLICATES).where("_outcome = 'duplicate'")
-            repeated = repeated.select(
-                F.lit(domain).alias("table"),
-                "trial",
-                "source",
-                "source_position",
-                F.col("_accepted_position").alias("duplicate_of"),
-                F.lit(now).cast("timestamp").alias("detected_at"),
-            ).select(*DUPLICATES_COLUMNS)
-            spark_tables.append(DUPLICATES, repeated.coalesce(1), app_id=app_id, app_version=until)
-        accepted = classified.where("_outcome = 'accepted'").select(*SILVER_COLUMNS[domain])
-        spark_tables.append(silver(domain), accepted.coalesce(files), app_id=app_id, app_version=until)
+            same = unwritten(repeats.where("_outcome = 'duplicate'"), DUPLICATES)
+            same = same.withColumn("table", F.lit(domain)).withColumn("detected_at", time_now)
+            same = same.select(*DUPLICATES_COLUMNS).coalesce(_files(report.duplicates))
+            spark_tables.append(DUPLICATES, same, app_id=app_id, app_version=until, rows=report.duplicates)
+        accepted = decoded.where("reasons IS NULL")
+        if report.received > report.accepted + report.quarantined or report.reasons.get(CONFLICT_RULE):
+            accepted = accepted.join(repeats.select("source_position"), "source_position", "left_anti")
+        accepted = accepted.select(*SILVER_COLUMNS[domain]).coalesce(_files(report.rows))
+        spark_tables.append(silver(domain), accepted, app_id=app_id, app_version=until, rows=report.rows)
     finally:
-        classified.unpersist()
-        if large:
-            decoded.unpersist()
-    return DomainReport(**{**asdict(report), "seconds": round(time.monotonic() - started, 3)})
+        repeats.unpersist()
+        decoded.unpersist()
+    return replace(report, seconds=round(time.monotonic() - started, 3))
+
+
+def _files(rows: int) -> int:
+    return max(1, -(-rows // ROWS_PER_FILE))
 
 
 def _decoded_columns(domain: str) -> dict[str, str]:
-    return {**decoded_columns(domain, _PASSTHROUGH), _FIRST: "boolean"}
+    return {**decoded_columns(domain, _PASSTHROUGH), _ROWS: "int"}
 
 
 def _decoder(
@@ -341,90 +336,96 @@ def decode_increment(domain: str, batch: pa.RecordBatch, profiles: Mapping[str, 
     """Decode bronze rows with their ``_commit_version`` for :func:`refine`.
 
     Returns:
-        The columns of ``decode_arrow``, then ``_commit_version``, ``_payload`` (the record as received, on every row)
-        and ``_first`` (true for one row of each record: a vitals message gives several rows).
+        The columns of ``decode_arrow``, then ``_commit_version`` and ``_rows``: on the first row of each record the
+        number of its rows (a vitals message gives several), on the others 0.
     """
+    import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    batch = batch.append_column(_PAYLOAD, batch.column("payload"))
     decoded = decode_arrow(domain, batch, profiles, _PASSTHROUGH)
-    positions = decoded.column("source_position")
-    first = pa.array([True] * min(1, decoded.num_rows), pa.bool_())
-    if decoded.num_rows > 1:  # the rows of a record follow one another
-        first = pa.concat_arrays([first, pc.not_equal(positions.slice(1), positions.slice(0, len(positions) - 1))])
-    return decoded.append_column(_FIRST, first)
+    count = decoded.num_rows
+    sizes = np.zeros(count, dtype=np.int32)
+    if count:  # the rows of a record follow one another
+        positions = decoded.column("source_position")
+        changes = pc.not_equal(positions.slice(1), positions.slice(0, count - 1)).to_numpy(zero_copy_only=False)
+        starts = np.flatnonzero(np.concatenate([[True], changes]))
+        sizes[starts] = np.diff(np.append(starts, count))
+    return decoded.append_column(_ROWS, pa.array(sizes))
 
 
-def _classify(decoded: DataFrame, accepted_before: DataFrame | None, *, reduce: bool) -> DataFrame:
-    """Add ``_outcome``, ``_accepted_position`` and ``_reasons`` to decoded rows."""
-    from pyspark.sql import Window
+def _repeats(decoded: DataFrame, accepted_before: DataFrame | None) -> DataFrame:
+    """Return the decoded records that are not accepted because a record with the same key was before them.
+
+    One row a record: ``source_position``, ``trial``, ``source``, ``duplicate_of`` (position of the accepted record),
+    ``_outcome`` (duplicate, conflict, or known: the accepted record itself), ``reasons``, ``_commit_version``,
+    ``_rows``. Only keys and positions are shuffled, and only the keys of the increment are looked for in silver.
+    """
     from pyspark.sql import functions as F  # noqa: N812
 
-    key = F.coalesce("record_key", F.concat(F.lit("rejected:"), "source_position"))
-    decoded = decoded.withColumn("_key", key)
+    candidates = decoded.where(f"reasons IS NULL AND {_ROWS} > 0").select(
+        "record_key", "content_hash", "source_position", "trial", "source", COMMIT_VERSION, _ROWS
+    )
     # positions of one file or partition differ in their number only: shorter is earlier
-    by_arrival = Window.partitionBy("_key").orderBy(COMMIT_VERSION, F.length("source_position"), "source_position")
-    first = F.first(F.struct("source_position", "content_hash")).over(by_arrival)
-    rows = decoded.withColumn("_accepted", first)
-    known = F.lit(None)
+    arrival = F.struct(
+        F.col(COMMIT_VERSION).alias("version"),
+        F.length("source_position").alias("length"),
+        F.col("source_position").alias("position"),
+        F.col("content_hash").alias("hash"),
+    )
+    keyed = candidates.select("record_key", arrival.alias("arrival"))
     if accepted_before is not None:
-        before = accepted_before.select(
-            F.col("record_key").alias("_key"), F.struct("source_position", "content_hash").alias("_before")
-        )
-        if reduce:
-            before = before.join(decoded.select("_key").distinct(), "_key", "left_semi")
-        rows = rows.join(before.dropDuplicates(["_key"]), "_key", "left")
-        rows = rows.withColumn("_accepted", F.coalesce("_before", "_accepted"))
-        known = F.col("_before").isNotNull()
-    own = F.col("_accepted.source_position") == F.col("source_position")
-    outcome = (
-        F.when(F.col("reasons").isNotNull(), "quarantined")
-        .when(own & known, "known")
-        .when(own, "accepted")
-        .when(F.col("_accepted.content_hash") == F.col("content_hash"), "duplicate")
-        .otherwise("quarantined")
+        before = accepted_before.withColumn(COMMIT_VERSION, F.lit(-1).cast("long"))
+        before = before.join(candidates.select("record_key").distinct(), "record_key", "left_semi")
+        keyed = keyed.unionByName(before.select("record_key", arrival.alias("arrival")))
+    shared = keyed.groupBy("record_key").agg(F.min("arrival").alias("first"), F.count(F.lit(1)).alias("times"))
+    repeats = candidates.join(shared.where("times > 1"), "record_key")
+    own = F.col("first.position") == F.col("source_position")
+    repeats = repeats.where(~own | (F.col("first.version") < 0))
+    outcome = F.when(own, "known").when(F.col("first.hash") == F.col("content_hash"), "duplicate").otherwise("conflict")
+    text = F.concat(F.lit(f"{CONFLICT_RULE}: differs from the record accepted before, at "), F.col("first.position"))
+    return repeats.select(
+        "source_position",
+        "trial",
+        "source",
+        F.col("first.position").alias("duplicate_of"),
+        outcome.alias("_outcome"),
+        F.array(text).alias("reasons"),
+        COMMIT_VERSION,
+        _ROWS,
     )
-    conflict = F.array(
-        F.concat(
-            F.lit("conflicting_record: differs from the record accepted before, at "),
-            F.col("_accepted.source_position"),
-        )
-    )
-    rows = rows.withColumn("_outcome", outcome)
-    reasons = F.when(F.col("_outcome") == "quarantined", F.coalesce("reasons", conflict))
-    rows = rows.withColumn("_reasons", reasons).withColumn("_accepted_position", F.col("_accepted.source_position"))
-    return rows.drop("_key", "_accepted", "_before", "reasons", "payload")
 
 
-def _count(classified: DataFrame, found: _Increment) -> DomainReport:
-    """Run the increment's one computing job, which also fills the cache, and count what it found."""
+def _count(decoded: DataFrame, repeats: DataFrame, found: _Increment) -> DomainReport:
+    """Run the computing jobs of an increment, which fill its caches, and count what they found."""
     from pyspark.sql import functions as F  # noqa: N812
 
-    rules = F.array_distinct(F.transform("_reasons", lambda reason: F.substring_index(reason, ":", 1)))
-    counted = (
-        classified.groupBy("_outcome", rules.alias("rules"))
-        .agg(F.sum(F.col(_FIRST).cast("long")).alias("records"), F.count(F.lit(1)).alias("rows"))
-        .collect()
-    )
-    records: dict[str, int] = {}
+    rules = F.array_distinct(F.transform("reasons", lambda reason: F.substring_index(reason, ":", 1)))
+    records, rows = F.count_if(F.col(_ROWS) > 0).alias("records"), F.sum(_ROWS).alias("rows")
+    valid = rejected = valid_rows = 0
     reasons: dict[str, int] = {}
-    rows = 0
-    for group in counted:
-        outcome, size = group["_outcome"], int(group["records"])
-        records[outcome] = records.get(outcome, 0) + size
-        for rule in group["rules"] or ():
-            reasons[rule] = reasons.get(rule, 0) + size
-        if outcome == "accepted":
-            rows += int(group["rows"])
+    for group in decoded.groupBy(rules.alias("rules")).agg(records, rows).collect():
+        if group["rules"] is None:
+            valid, valid_rows = int(group["records"]), int(group["rows"])
+            continue
+        rejected += int(group["records"])
+        for rule in group["rules"]:
+            reasons[rule] = reasons.get(rule, 0) + int(group["records"])
+    repeated: dict[str, int] = {}
+    if valid:
+        for group in repeats.groupBy("_outcome").agg(records, rows).collect():
+            repeated[group["_outcome"]] = int(group["records"])
+            valid_rows -= int(group["rows"])
+    if conflicts := repeated.get("conflict", 0):
+        reasons[CONFLICT_RULE] = reasons.get(CONFLICT_RULE, 0) + conflicts
     return DomainReport(
         domain=found.domain,
-        received=sum(records.values()),
-        accepted=records.get("accepted", 0),
-        rows=rows,
-        duplicates=records.get("duplicate", 0),
-        quarantined=records.get("quarantined", 0),
-        known=records.get("known", 0),
+        received=valid + rejected,
+        accepted=valid - sum(repeated.values()),
+        rows=valid_rows,
+        duplicates=repeated.get("duplicate", 0),
+        quarantined=rejected + conflicts,
+        known=repeated.get("known", 0),
         reasons=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
         from_version=found.after,
         to_version=found.until,

@@ -30,6 +30,9 @@ _CONFIGURATION = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": "10000",
 }
 
+ARROW_ROWS = 100_000
+"""Appends of up to so many rows go through this process as Arrow (about 1 KB a row); larger ones stay in Spark."""
+
 
 class SparkUnavailableError(ConnectionError):
     """Spark Connect does not answer; the message says where it was expected."""
@@ -95,8 +98,15 @@ class SparkTables(Protocol):
         """Return the rows appended after one version up to another, with a long column ``_commit_version``."""
         ...
 
-    def append(self, name: str, df: DataFrame, *, app_id: str, app_version: int) -> int | None:
+    def append(self, name: str, df: DataFrame, *, app_id: str, app_version: int, rows: int | None = None) -> int | None:
         """Append in one commit that records `app_version` for `app_id`, also where `df` has no rows.
+
+        Args:
+            name: the table.
+            df: the rows.
+            app_id: whose progress the commit records.
+            app_version: the progress.
+            rows: how many rows `df` has, at most, where that is known.
 
         Returns:
             The table's version then; None, and nothing written, where this or a higher version is recorded.
@@ -118,11 +128,16 @@ class SparkTables(Protocol):
 
 
 class DeltaSparkTables:
-    """Spark reads and writes Delta itself, on S3 (``s3a``) or a folder that the server shares."""
+    """Spark reads and writes Delta itself, on S3 (``s3a``) or a folder that the server shares.
 
-    def __init__(self, sessions: SparkSessions, store: TableStore) -> None:
+    Small appends are fetched as Arrow and committed by the store: a Delta write by Spark costs a few jobs and one to
+    two seconds of computing, whatever its size.
+    """
+
+    def __init__(self, sessions: SparkSessions, store: TableStore, *, arrow_rows: int = ARROW_ROWS) -> None:
         self._sessions = sessions
         self._store = store
+        self._arrow_rows = arrow_rows
 
     @property
     def session(self) -> SparkSession:
@@ -153,12 +168,16 @@ class DeltaSparkTables:
         )
         return changes.where("_change_type = 'insert'").drop("_change_type", "_commit_timestamp")
 
-    def append(self, name: str, df: DataFrame, *, app_id: str, app_version: int) -> int | None:
+    def append(self, name: str, df: DataFrame, *, app_id: str, app_version: int, rows: int | None = None) -> int | None:
         """See :class:`SparkTables`."""
         self._store.ensure(name)
         recorded = self.transaction_version(name, app_id)
         if recorded is not None and recorded >= app_version:
             return None
+        if rows is not None and rows <= self._arrow_rows:
+            return self._store.append(
+                name, df.toArrow(), transactions={app_id: app_version}, expected={app_id: recorded}
+            )
         (
             df.write.format("delta")
             .mode("append")
@@ -223,7 +242,7 @@ class ArrowSparkTables:
         self._store.ensure(name)
         return self._frame(self._store.read_appended(name, from_version_exclusive, to_version))
 
-    def append(self, name: str, df: DataFrame, *, app_id: str, app_version: int) -> int | None:
+    def append(self, name: str, df: DataFrame, *, app_id: str, app_version: int, rows: int | None = None) -> int | None:
         """See :class:`SparkTables`."""
         recorded = self.transaction_version(name, app_id)
         if recorded is not None and recorded >= app_version:
@@ -269,12 +288,13 @@ def _check_listening(remote: str) -> None:
 
 
 def _create(remote: str) -> SparkSession:
-    from pyspark.sql.connect.session import SparkSession
+    from pyspark.sql import SparkSession
 
-    session = SparkSession.builder.remote(remote).create()
+    # the general builder, because it also makes pyspark.sql.functions speak Spark Connect
+    builder = SparkSession.builder.remote(remote)
     for name, value in _CONFIGURATION.items():
-        session.conf.set(name, value)
-    return session
+        builder = builder.config(name, value)
+    return builder.create()
 
 
 def _answers(session: SparkSession) -> bool:
