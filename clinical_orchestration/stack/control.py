@@ -25,7 +25,7 @@ from clinical_orchestration.stack.engine import (
     taken_port,
 )
 from clinical_orchestration.stack.model import Event, OnEvent, ServiceStatus, StackError, StackStatus, State
-from clinical_orchestration.stack.process import disk_cure, log_tail, spawn_detached
+from clinical_orchestration.stack.process import Identity, disk_cure, log_tail, spawn_detached
 from clinical_orchestration.stack.services import Context, ServiceSpec, base_environment, specs
 from clinical_orchestration.stack.settings import StackSettings, port_is_free, write_private
 from clinical_orchestration.stack.supervisor import take_lock
@@ -41,7 +41,7 @@ NEEDED_MB = 300
 def start(settings: StackSettings, level: int, on_event: OnEvent | None) -> StackStatus:
     """See :func:`.client.start`."""
     prepare_home(settings.home)
-    pid = paths.supervisor_pid(settings.home)
+    pid = _live_supervisor(settings.home)
     running = {one.name for one in status(settings).services if one.state is not State.STOPPED} if pid else set()
     check_ports(settings, [one for one in specs() if one.level <= level and one.name not in running])
     settings.secrets()
@@ -102,6 +102,7 @@ def stop(settings: StackSettings, level: int | None, on_event: OnEvent | None) -
     data = _read(home)
     listener = _Listener(on_event, skip_old=True, data=data)
     everything = level is None or level <= 0
+    family = _supervisor_family(pid)
     request = _ask(settings, "shutdown" if everything else "stop", level or 0)
     deadline = time.monotonic() + STOP_SECONDS
     while time.monotonic() < deadline:
@@ -109,6 +110,7 @@ def stop(settings: StackSettings, level: int | None, on_event: OnEvent | None) -
         listener.hear(data)
         if everything and paths.supervisor_pid(home) is None:
             listener.hear(_read(home))
+            _wait_for_end(family)
             break
         if data.get("handled", 0) >= request:
             if data.get("error"):
@@ -353,6 +355,32 @@ def _supervisor_ended(settings: StackSettings, log_from: int) -> StackError:
         return StackError(str(data["error"]), str(data.get("cure") or ""))
     tail = log_tail(log, since=log_from)
     return StackError(f"the supervisor ended: {tail or 'no reason given'}", f"Its log: {log}")
+
+
+def _live_supervisor(home: Path) -> int | None:
+    """Return the supervisor's pid; one that was just killed gets a moment to let go of the lock."""
+    deadline = time.monotonic() + 3.0
+    while True:
+        pid = paths.supervisor_pid(home)
+        identity = Identity.of(pid) if pid else None
+        if not pid or (identity is not None and identity.alive()) or time.monotonic() > deadline:
+            return pid
+        time.sleep(0.05)
+
+
+def _supervisor_family(pid: int) -> list[Identity]:
+    """Return the supervisor and its guardian."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return [one for one in (Identity.of(pid), Identity.of(psutil.Process(pid).ppid())) if one and one.pid > 1]
+    return []
+
+
+def _wait_for_end(family: Sequence[Identity], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while any(one.alive() for one in family) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _end_supervisor(settings: StackSettings, pid: int) -> None:

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import psutil
 
@@ -50,6 +51,9 @@ BACK_OFF = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds before the first, second ... restart; the last holds for all further ones."""
 
 JAR_VARIABLES = ("CLINICAL_KAFKA_ENABLED", "CLINICAL_SPARK_CONNECTORS")
+
+SILENT_SECONDS = 3.0
+"""A service that has not answered for this long is shown as unhealthy."""
 
 STEADY_SECONDS = 60.0
 """A service that ran this long starts its back-off anew."""
@@ -115,7 +119,7 @@ class Engine:
         deadline = time.monotonic() + timeout
         while True:
             self.changed.clear()
-            states = [self.units[name].status for name in names]
+            states = [replace(self.units[name].status) for name in names]
             if all(state.ok for state in states) or time.monotonic() > deadline:
                 return states
             if any(self.units[name].hopeless for name in names):
@@ -440,9 +444,9 @@ class Unit:
 
     def _watch(self) -> None:
         spec = self.spec
-        failing_since: float | None = None
+        answered = time.monotonic()
         while not self._stop.is_set() and not self._restart.is_set():
-            ended = self._wait(spec.probe_every if failing_since is None else 0.5)
+            ended = self._wait(spec.probe_every if self.status.state is State.HEALTHY else 0.5)
             if ended:
                 self._raise_if_ended()
             if self._stop.is_set() or self._restart.is_set():
@@ -451,17 +455,16 @@ class Unit:
                 self._probe()
             except Exception as error:
                 self._raise_if_ended()
-                now = time.monotonic()
-                failing_since = failing_since or now
-                # one slow answer on a busy machine is no failure; a second one is shown
-                if now - failing_since > min(1.0, spec.probe_timeout):
+                silent = time.monotonic() - answered
+                # one slow answer on a busy machine is no failure
+                if silent > SILENT_SECONDS:
                     self._show(State.UNHEALTHY, StackError(f"does not answer: {short(error)}", self._log_cure()))
-                if spec.command is not None and now - failing_since > spec.hung_after:
+                if spec.command is not None and silent > spec.hung_after:
                     raise StackError(
-                        f"{spec.title} did not answer for {spec.hung_after:.0f} s: {short(error)}", self._log_cure()
+                        f"{spec.title} did not answer for {silent:.0f} s: {short(error)}", self._log_cure()
                     ) from error
             else:
-                failing_since = None
+                answered = time.monotonic()
                 if self.status.state is not State.HEALTHY:
                     self._show(State.HEALTHY)
         self._restart.clear()

@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from clinical_orchestration.stack.model import StackError
 from clinical_orchestration.stack.process import disk_cure
 
@@ -141,10 +143,11 @@ def _fetch(folder: Path, jar: Jar, base_url: str, advance: Callable[[int], None]
     part = final.with_name(f"{final.name}.part")
     claim = final.with_name(f"{final.name}.{os.getpid()}.part")
     try:
-        # another process may download into the same folder: each writes a file of its own, and a file that an
-        # ended process left is taken over
-        if part.exists():
-            part.replace(claim)
+        # another process may download into the same folder: each writes a file of its own, and takes over what an
+        # ended process left
+        for left in (part, *final.parent.glob(f"{final.name}.*.part")):
+            if not claim.exists() and left.exists() and not _of_live_process(left):
+                left.replace(claim)
         counted = 0
         for attempt in range(1, ATTEMPTS + 1):
             if giving_up.is_set():
@@ -184,6 +187,11 @@ def _fetch(folder: Path, jar: Jar, base_url: str, advance: Callable[[int], None]
         if claim.exists():
             claim.replace(part)  # the next attempt continues it
         raise
+
+
+def _of_live_process(part: Path) -> bool:
+    pid = part.name.split(".")[-2]
+    return pid.isdigit() and int(pid) != os.getpid() and psutil.pid_exists(int(pid))
 
 
 def _download(

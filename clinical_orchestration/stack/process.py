@@ -194,9 +194,11 @@ def port_holder(port: int) -> str:
     # without the right to see all connections, the own processes still can be seen
     for process in psutil.process_iter():
         try:
-            for connection in process.net_connections(kind="tcp"):
-                if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
-                    return describe(process.pid)
+            if any(
+                own.status == psutil.CONN_LISTEN and own.laddr and own.laddr.port == port
+                for own in process.net_connections(kind="tcp")
+            ):
+                return describe(process.pid)
         except (psutil.Error, OSError):
             continue
     return "a process that this user cannot see"

@@ -77,7 +77,7 @@ class ServiceSpec:
     needs_jars: bool = False
     ready_timeout: float = 90.0
     probe_timeout: float = 2.0
-    probe_every: float = 2.0
+    probe_every: float = 1.5
     hung_after: float = 15.0
     stop_signal: signal.Signals = signal.SIGTERM
     stop_timeout: float = 10.0
@@ -892,8 +892,8 @@ def specs() -> tuple[ServiceSpec, ...]:
             prepare=_prepare_spark,
             installed=_java_installed,
             needs_jars=True,
-            probe_timeout=5.0,
-            probe_every=3.0,
+            probe_timeout=3.0,
+            probe_every=2.0,
             hung_after=60.0,
             ready_timeout=120.0,
         ),
@@ -903,7 +903,7 @@ def specs() -> tuple[ServiceSpec, ...]:
             3,
             _probe_feature_store,
             needs=("s3", "redis"),
-            probe_every=5.0,
+            probe_every=2.0,
         ),
         ServiceSpec(
             "mlflow",
@@ -915,7 +915,7 @@ def specs() -> tuple[ServiceSpec, ...]:
             command=_mlflow_command,
             environment=_mlflow_environment,
             hung_after=45.0,
-            probe_timeout=4.0,
+            probe_timeout=3.0,
             ready_timeout=180.0,
         ),
         ServiceSpec(
@@ -941,7 +941,7 @@ def specs() -> tuple[ServiceSpec, ...]:
             prepare=_prepare_dagster,
             needs_jars=True,
             hung_after=45.0,
-            probe_timeout=4.0,
+            probe_timeout=3.0,
             ready_timeout=120.0,
         ),
         ServiceSpec(
@@ -955,7 +955,7 @@ def specs() -> tuple[ServiceSpec, ...]:
             needs_jars=True,
             hung_after=60.0,
             ready_timeout=120.0,
-            probe_every=3.0,
+            probe_every=2.0,
             stop_timeout=20.0,
         ),
         ServiceSpec(
@@ -969,7 +969,7 @@ def specs() -> tuple[ServiceSpec, ...]:
             prepare=_prepare_dagster,
             command=_module_command("clinical_orchestration.page", "page"),
             hung_after=45.0,
-            probe_timeout=4.0,
+            probe_timeout=3.0,
             ready_timeout=120.0,
         ),
     )

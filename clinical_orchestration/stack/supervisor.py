@@ -133,7 +133,8 @@ class Supervisor:
     def _handle(self, request: dict[str, Any]) -> None:
         action, level = request["action"], int(request.get("level", MAX_LEVEL))
         if action == "start":
-            self._began, self._start_seconds = time.monotonic(), None
+            if any(unit.spec.level <= level and not unit.status.ok for unit in self.engine.units.values()):
+                self._began, self._start_seconds = time.monotonic(), None
             self.level = max(self.level, level)
             self.engine.start([unit.spec.name for unit in self.engine.units.values() if unit.spec.level <= level])
         elif action == "stop":
@@ -241,7 +242,10 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--home", type=Path, required=True, help="folder of the stack (CLINICAL_HOME)")
-    sys.exit(guard(parser.parse_args().home))
+    code = guard(parser.parse_args().home)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # nothing is left to do, and who stops the stack waits for this process
 
 
 if __name__ == "__main__":
