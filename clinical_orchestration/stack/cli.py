@@ -85,11 +85,10 @@ class _Parser(argparse.ArgumentParser):
             unknown = match[1].split()
             why = f"unknown: {' '.join(unknown)}"
             known = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.6)
+            near = difflib.get_close_matches(unknown[0], known, n=2, cutoff=0.6)
             if near:
-                raise UserError(
-                    "the command line is not understood", why, f"did you mean {near[0]}? --help lists all", 2
-                )
+                hint = f"did you mean {' or '.join(near)}? --help lists all"
+                raise UserError("the command line is not understood", why, hint, 2)
         raise UserError("the command line is not understood", why, "--help lists all flags", 2)
 
 
@@ -786,6 +785,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - so that the flush at exit meets no closed pipe
         return 0
+    except Exception as error:
+        if os.environ.get("CLINICAL_DEBUG"):
+            raise
+        cure = "this is a defect of the platform; CLINICAL_DEBUG=1 before the command shows where"
+        problem, status = UserError("unexpected error", f"{type(error).__name__}: {error}", cure), 1
     if as_json:
         result: dict[str, Any] = {"ok": status == 0, **(commands.result if commands else {})}
         if problem:

@@ -379,6 +379,10 @@ def _fact(entry: Mapping[str, Any]) -> str | None:
 
 
 def run_config(trial: str | None, source: str | None, conf: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the run configuration that gives a run its trial, its source and its free-form `conf`."""
-    config = {"trial": trial, "source": source, "conf": dict(conf)}
-    return {"resources": {"pipeline": {"config": config}}}
+    """Return the run configuration that gives a run its trial, its source and its free-form `conf`.
+
+    What is not given is left out, so that the deployment's defaults hold, as when the run is started elsewhere.
+    """
+    given = {"trial": trial, "source": source, "conf": dict(conf)}
+    config = {name: value for name, value in given.items() if value}
+    return {"resources": {"pipeline": {"config": config}}} if config else {}

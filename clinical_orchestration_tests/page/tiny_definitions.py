@@ -3,6 +3,7 @@
 import time
 
 import dagster as dg
+from pydantic import Field
 
 
 @dg.op
@@ -12,9 +13,14 @@ def count_rows(context: dg.OpExecutionContext) -> int:
     return 3
 
 
-@dg.op(config_schema={"seconds": dg.Field(float, default_value=0.0)})
-def take_time(context: dg.OpExecutionContext, rows: int) -> None:
-    deadline = time.monotonic() + context.op_config["seconds"]
+@dg.op
+def use(rows: int) -> None:
+    assert rows == 3
+
+
+@dg.op
+def take_time() -> None:
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         time.sleep(0.1)
 
@@ -25,9 +31,9 @@ def fail(rows: int) -> None:
 
 
 class Pipeline(dg.ConfigurableResource):  # type: ignore[type-arg]
-    trial: str = "cdisc-pilot"
+    trial: str | None = None
     source: str | None = None
-    conf: dict[str, str] = {}
+    conf: dict[str, str] = Field(default_factory=dict)
 
 
 @dg.op
@@ -35,21 +41,27 @@ def show_trial(context: dg.OpExecutionContext, pipeline: Pipeline) -> None:
     context.log_event(dg.AssetMaterialization("trial", metadata={"trial": pipeline.trial, "conf": str(pipeline.conf)}))
 
 
-@dg.job(resource_defs={"pipeline": Pipeline()})
+@dg.job(executor_def=dg.in_process_executor, resource_defs={"pipeline": Pipeline()})
 def good_pipeline() -> None:
     """Counts rows."""
-    take_time(count_rows())
+    use(count_rows())
     show_trial()
 
 
-@dg.job(resource_defs={"pipeline": Pipeline()})
+@dg.job(executor_def=dg.in_process_executor, resource_defs={"pipeline": Pipeline()})
 def bad_pipeline() -> None:
     """Fails in its second step."""
     fail(count_rows())
 
 
+@dg.job(executor_def=dg.in_process_executor, resource_defs={"pipeline": Pipeline()})
+def long_pipeline() -> None:
+    """Takes a minute, for tests that cancel it."""
+    take_time()
+
+
 defs = dg.Definitions(
-    jobs=[good_pipeline, bad_pipeline],
+    jobs=[good_pipeline, bad_pipeline, long_pipeline],
     schedules=[
         dg.ScheduleDefinition(
             job=good_pipeline, cron_schedule="0 */6 * * *", default_status=dg.DefaultScheduleStatus.RUNNING

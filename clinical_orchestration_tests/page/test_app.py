@@ -1,0 +1,167 @@
+"""The page: front page, Dagster UI under its prefix, what foreign sites may not do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from clinical_orchestration.page.__main__ import main
+from clinical_orchestration.page.app import create_app
+from clinical_orchestration.page.dagster_ui import DagsterUi
+from clinical_orchestration.page.settings import PageSettings, is_loopback
+
+
+def test_the_prefix_without_slash_leads_to_the_ui(page: TestClient) -> None:
+    answer = page.get("/dagster")
+    assert answer.status_code == 307
+    assert answer.headers["location"] == "/dagster/"
+
+
+@pytest.mark.parametrize("path", ["/dagster/", "/dagster/runs", "/dagster/jobs"])
+def test_every_view_of_the_ui_is_served_under_the_prefix(page: TestClient, path: str) -> None:
+    answer = page.get(path)
+    assert answer.status_code == 200
+    assert '"pathPrefix": "/dagster"' in answer.text
+
+
+def test_static_files_of_the_ui_are_found_where_its_page_says(page: TestClient) -> None:
+    script = re.search(r'src="(/dagster/[^"]+\.js)"', page.get("/dagster/").text)
+    assert script is not None
+    answer = page.get(script[1])
+    assert answer.status_code == 200
+    assert "javascript" in answer.headers["content-type"]
+
+
+def test_graphql_over_http_lists_the_jobs(page: TestClient) -> None:
+    query = "{ repositoriesOrError { ... on RepositoryConnection { nodes { jobs { name } } } } }"
+    answer = page.post("/dagster/graphql", json={"query": query}).json()
+    names = {job["name"] for node in answer["data"]["repositoriesOrError"]["nodes"] for job in node["jobs"]}
+    assert names == {"good_pipeline", "bad_pipeline", "long_pipeline"}
+
+
+def test_graphql_over_websocket_is_acknowledged(page: TestClient) -> None:
+    with page.websocket_connect("/dagster/graphql", subprotocols=["graphql-ws"]) as socket:
+        socket.send_json({"type": "connection_init"})
+        assert socket.receive_json()["type"] == "connection_ack"
+
+
+def test_the_front_page_shows_pipelines_with_schedule_and_next_run(page: TestClient) -> None:
+    answer = page.get("/")
+    assert answer.status_code == 200
+    assert "good_pipeline" in answer.text
+    assert "0 */6 * * *" in answer.text
+    assert re.search(r'<time datetime="\d{4}-\d\d-\d\dT(00|06|12|18):00:00\+00:00">', answer.text)
+
+
+def test_the_front_page_asks_nothing_of_the_outside(page: TestClient) -> None:
+    answer = page.get("/")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert not re.search(r'(src|href)="https?://(?!127\.0\.0\.1)', answer.text)
+    assert page.get("/static/page.css").status_code == 200
+
+
+def test_an_unknown_host_name_is_refused(page: TestClient) -> None:
+    assert page.get("/health", headers={"host": "evil.example"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("POST", "/dagster/graphql", {"origin": "http://evil.example"}, 403),
+        ("POST", "/dagster/graphql", {"origin": "http://testserver"}, 400),  # reaches Dagster, which misses a query
+        (
+            "GET",
+            "/dagster/graphql?query={version}",
+            {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"},
+            403,
+        ),
+        ("GET", "/", {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, 200),
+        ("GET", "/health", {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, 403),
+    ],
+)
+def test_other_sites_cannot_act_here(
+    page: TestClient, method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    assert page.request(method, path, headers=headers).status_code == status
+
+
+def _page_without_instance(tmp_path: Path, **values: str) -> TestClient:
+    def never(_: object) -> object:
+        raise ConnectionError("no database")
+
+    settings = PageSettings(
+        **{"DAGSTER_HOME": str(tmp_path), "POSTGRES_URL": "", "CLINICAL_PAGE_ALLOWED_HOSTS": "testserver", **values}
+    )
+    return TestClient(create_app(settings, DagsterUi(never)))  # type: ignore[arg-type]
+
+
+def test_without_a_database_the_page_is_up_and_says_what_is_missing(tmp_path: Path) -> None:
+    with _page_without_instance(tmp_path) as client:
+        health = client.get("/health")
+        assert health.status_code == 200
+        assert {part["status"] for part in health.json().values()} == {"unhealthy"}
+        assert "not open yet" in client.get("/").text
+        starting = client.get("/dagster/", headers={"accept": "text/html"})
+        assert starting.status_code == 503
+        assert "is starting" in starting.text
+        assert client.post("/dagster/graphql", json={"query": "{version}"}).status_code == 503
+
+
+def test_services_are_shown_by_level_and_a_dead_process_is_not_healthy(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    services = [
+        {"name": "kafka", "title": "Kafka", "level": 0, "state": "healthy", "pid": os.getpid(), "latency_ms": 3.2},
+        {"name": "mlflow", "title": "MLflow <b>", "level": 4, "state": "healthy", "pid": 2**22 - 3, "port": 5000},
+    ]
+    (run / "status.json").write_text(json.dumps({"services": services, "level": 5}))
+    with _page_without_instance(tmp_path, CLINICAL_HOME=str(tmp_path)) as client:
+        text = client.get("/").text
+    assert "0 infrastructure" in text
+    assert "4 ML pipeline" in text
+    rows = {
+        match[1]: match[2] for match in re.finditer(r'<th scope="row">(\w+).*?<span class="state (\w+)">', text, re.S)
+    }
+    assert rows["Kafka"] == "good"
+    assert rows["MLflow"] == "bad"
+    assert "MLflow &lt;b&gt;" in text
+
+
+def test_a_report_of_a_dead_supervisor_is_called_old(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    status = run / "status.json"
+    status.write_text(json.dumps({"services": [{"name": "s3", "level": 0, "state": "healthy"}]}))
+    os.utime(status, (time.time() - 120, time.time() - 120))
+    with _page_without_instance(tmp_path, CLINICAL_HOME=str(tmp_path)) as client:
+        assert "may be out of date" in client.get("/").text
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("::", False), ("10.0.0.7", False), ("db", False)],
+)
+def test_loopback(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
+
+
+def test_other_addresses_than_loopback_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CLINICAL_PAGE_ALLOW_REMOTE", raising=False)
+    assert main(["--host", "10.0.0.7", "--port", "1"]) == 2
+    assert "CLINICAL_PAGE_ALLOW_REMOTE" in capsys.readouterr().err
+
+
+def test_a_missing_instance_is_refused_with_the_cure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    assert main([]) == 2
+    assert "--env" in capsys.readouterr().err
