@@ -33,6 +33,7 @@ from clinical_orchestration.tables import (
     QUARANTINE,
     QUARANTINE_COLUMNS,
     SILVER_COLUMNS,
+    arrow_schema,
     bronze,
     silver,
     spark_ddl,
@@ -63,6 +64,7 @@ CONFLICT_RULE = "conflicting_record"
 """Rule of the quarantine reason for a record whose key an accepted record with other content has."""
 
 _ROWS = "_rows"
+_IDENTITY = ["trial", "source_position"]  # two trials may take the same file
 _PASSTHROUGH = {COMMIT_VERSION: "long"}
 _QUARANTINED_FROM_RECORD = ("trial", "source", "source_position", "payload", COMMIT_VERSION)
 
@@ -166,6 +168,8 @@ def refine(
     for name in (QUARANTINE, DUPLICATES, *(silver(domain) for domain in domains)):
         tables.ensure(name)
     pending = {domain: _increment(tables, spark_tables, domain) for domain in domains}
+    for found in pending.values():
+        _skip_what_brings_nothing(tables, found)
     reports = {
         domain: DomainReport(domain, from_version=found.after, to_version=found.until, no_new_data=True)
         for domain, found in pending.items()
@@ -214,6 +218,14 @@ def _increment(tables: TableStore, spark_tables: SparkTables, domain: str) -> _I
     return _Increment(domain, after, until, not nothing, rows, complete)
 
 
+def _skip_what_brings_nothing(tables: TableStore, found: _Increment) -> None:
+    """Record versions without new rows as processed, so that nothing depends on versions that age away."""
+    if not found.new and found.until is not None and found.until != found.after:
+        name, app_id = silver(found.domain), bronze(found.domain)
+        empty = arrow_schema(SILVER_COLUMNS[found.domain]).empty_table()
+        tables.append(name, empty, transactions={app_id: found.until}, expected={app_id: found.after})
+
+
 def _refine_domain(
     spark_tables: SparkTables,
     tables: TableStore,
@@ -249,7 +261,7 @@ def _unaccounted(spark_tables: SparkTables, found: _Increment) -> Callable[[], D
             spark_tables.read(DUPLICATES).where(here),
             spark_tables.read(QUARANTINE).where(here),
         ):
-            rows = rows.join(seen.select("source_position").distinct(), "source_position", "left_anti")
+            rows = rows.join(seen.select(*_IDENTITY).distinct(), _IDENTITY, "left_anti")
         return rows.withColumn(COMMIT_VERSION, F.lit(found.until).cast("long"))
 
     return read
@@ -290,7 +302,7 @@ def _refine_rows(
             )
             if report.reasons.get(CONFLICT_RULE):
                 conflicts = unwritten(repeats.where("_outcome = 'conflict'"), QUARANTINE)
-                conflicts = records.join(conflicts.select("source_position", "reasons"), "source_position")
+                conflicts = records.join(conflicts.select(*_IDENTITY, "reasons"), _IDENTITY)
                 rejected = rejected.unionByName(conflicts.select(*_QUARANTINED_FROM_RECORD, "reasons"))
             rejected = rejected.withColumn("table", F.lit(domain)).withColumn("quarantined_at", time_now)
             rejected = rejected.select(*QUARANTINE_COLUMNS).coalesce(_files(report.quarantined))
@@ -302,7 +314,7 @@ def _refine_rows(
             spark_tables.append(DUPLICATES, same, app_id=app_id, app_version=until, rows=report.duplicates)
         accepted = decoded.where("reasons IS NULL")
         if report.received > report.accepted + report.quarantined or report.reasons.get(CONFLICT_RULE):
-            accepted = accepted.join(repeats.select("source_position"), "source_position", "left_anti")
+            accepted = accepted.join(repeats.select(*_IDENTITY), _IDENTITY, "left_anti")
         accepted = accepted.select(*SILVER_COLUMNS[domain]).coalesce(_files(report.rows))
         spark_tables.append(silver(domain), accepted, app_id=app_id, app_version=until, rows=report.rows)
     finally:
@@ -348,8 +360,8 @@ def decode_increment(domain: str, batch: pa.RecordBatch, profiles: Mapping[str, 
     sizes = np.zeros(count, dtype=np.int32)
     if count:  # the rows of a record follow one another
         positions = decoded.column("source_position")
-        changes = pc.not_equal(positions.slice(1), positions.slice(0, count - 1)).to_numpy(zero_copy_only=False)
-        starts = np.flatnonzero(np.concatenate([[True], changes]))
+        changes = pc.not_equal(positions.slice(1), positions.slice(0, count - 1)).fill_null(True)
+        starts = np.flatnonzero(np.concatenate([[True], changes.to_numpy(zero_copy_only=False)]))
         sizes[starts] = np.diff(np.append(starts, count))
     return decoded.append_column(_ROWS, pa.array(sizes))
 
