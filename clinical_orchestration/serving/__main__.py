@@ -48,9 +48,9 @@ def build() -> FastAPI:
         return RegistryChampions.from_settings(settings)
 
     def features() -> FeatureReader:
-        from clinical_orchestration.stores.online import RedisOnlineStore
+        from clinical_orchestration.serving.online import RedisFeatureReader
 
-        return RedisOnlineStore(
+        return RedisFeatureReader(
             settings.redis_url.get_secret_value(), variables.feature_store_redis_prefix, timeout_seconds=1.0
         )
 

@@ -30,10 +30,12 @@ def test_the_rebuilt_form_gives_the_model_s_own_probabilities(name: str, data: t
     frame, labels = data
     estimator = candidates(0)[name]().fit(frame, labels)
     served = models.served_model(estimator, NAMES, frame.to_numpy()[:1])
-    assert served.predict_proba.__qualname__.startswith("compiled")
+    assert served.predict_proba.__qualname__.startswith(("compiled", "_forest"))
     own = estimator.predict_proba(frame)[:, 1]
     np.testing.assert_allclose(served.predict_proba(frame.to_numpy()), own, rtol=0, atol=1e-9)
-    assert served.predict_proba(frame.to_numpy()[:1])[0] == pytest.approx(own[0], abs=1e-9)
+    for start in range(0, 96, 4):  # few rows take another way through a forest
+        few = served.predict_proba(frame.to_numpy()[start : start + 4])
+        np.testing.assert_allclose(few, own[start : start + 4], rtol=0, atol=1e-9)
 
 
 def test_unknown_estimators_are_asked_themselves(data: tuple[Any, Any]) -> None:
