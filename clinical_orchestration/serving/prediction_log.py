@@ -175,7 +175,7 @@ class PredictionLog:
             write_failures=self._write_failures,
             spool_failures=self._spool_failures,
             spool_bytes=sum(drain.spool.size_bytes for drain in drains),
-            last_error=self._write_error or self._spool_error,
+            last_error="; ".join(filter(None, (self._write_error, self._spool_error))) or None,
         )
 
     def flush(self, timeout: float) -> bool:

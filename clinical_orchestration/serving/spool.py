@@ -29,6 +29,7 @@ _logger = logging.getLogger(__name__)
 
 SEGMENT_BYTES = 16 * 2**20
 _SUFFIX = ".jsonl"
+_KEPT_BYTES = 2**16  # of stored rows in the open file; a small one is not worth a new file each second
 _MOST_SERVERS = 64  # that may start at the same moment below one root
 
 
@@ -166,7 +167,11 @@ class Spool:
         return SpooledRows(rows, last)
 
     def forget(self, up_to: int) -> None:
-        """Delete the closed files that hold nothing above `up_to`."""
+        """Give back the space of rows up to `up_to`: files that hold nothing above it are deleted."""
+        with self._mutex:
+            if up_to >= self._last and self._offset > min(_KEPT_BYTES, self.segment_bytes):
+                with contextlib.suppress(OSError):
+                    self._start_segment()
         segments = self._segments()
         for (_, _, path), (_, next_first, _) in pairwise(segments):
             if next_first - 1 <= up_to:

@@ -201,3 +201,35 @@ def test_sigkill_loses_and_doubles_no_answered_prediction(
     assert set(answered) <= set(found) - before
     # rows whose answer the kill cut off may be there too, at most one request a connection and kill
     assert len(set(found) - before - set(answered)) <= 12
+
+
+def test_with_everything_out_it_starts_and_says_what_to_do(tmp_path: Path) -> None:
+    nowhere = {
+        "REDIS_URL": "redis://user:hidden@127.0.0.1:1/0",
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:1",
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+    }
+    with live_server(tmp_path, nowhere) as server:
+        deadline = time.monotonic() + 30
+        while (health := server.get("/health"))["registry"]["state"] != "out" or health["online_store"][
+            "state"
+        ] != "out":
+            assert time.monotonic() < deadline, health
+            time.sleep(0.1)
+        assert health["status"] == "no_model"
+        started = time.monotonic()
+        for body, error in (
+            ({"patient_id": "P1"}, "online_store_unavailable"),
+            ({"features": {"age_years": 1}}, "registry_unavailable"),
+        ):
+            answer = httpx.post(f"{server.url}/predict", json=body, timeout=10)
+            assert (answer.status_code, answer.json()["error"]) == (503, error)
+            assert "127.0.0.1:1" in answer.json()["detail"]
+            assert "pipeline-manager.sh" in answer.json()["what_to_do"]
+            assert answer.headers["retry-after"]
+            assert "hidden" not in answer.text
+        assert time.monotonic() - started < 5
+        assert "clinical_serving_registry_up 0.0" in httpx.get(f"{server.url}/metrics").text
+    text = (tmp_path / "serving.log").read_text()
+    assert "hidden" not in text
+    assert "Traceback" not in text

@@ -149,3 +149,16 @@ def test_rows_survive_sigkill_right_after_append(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     assert names(spool) == ["kept"]
     spool.close()
+
+
+def test_the_open_file_is_given_back_too_once_it_is_stored(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.append(rows(*["x" * 1000] * 100))
+    assert spool.size_bytes > 100_000
+    spool.forget(99)
+    assert spool.size_bytes > 100_000
+    spool.forget(100)
+    assert spool.size_bytes == 0
+    assert spool.append(rows("next")) == 101
+    assert names(spool, after=100) == ["next"]
+    spool.close()
