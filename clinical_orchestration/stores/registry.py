@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -627,7 +627,14 @@ class ModelRegistry:
                 found += [_version_info(item) for item in page]
                 token = page.token
                 if not token:
-                    return sorted(found, key=lambda item: -int(item.version))
+                    break
+            # a search tells no aliases
+            aliases = {name: client.get_registered_model(name).aliases for name in {item.name for item in found}}
+            found = [
+                replace(item, aliases=tuple(a for a, v in aliases[item.name].items() if str(v) == item.version))
+                for item in found
+            ]
+            return sorted(found, key=lambda item: -int(item.version))
 
         return self._call(what, ask)
 
