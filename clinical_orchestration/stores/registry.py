@@ -105,7 +105,7 @@ class TrainingRecord:
         feature_set: Id of the feature set, as the online store writes it.
         training_set_uri, training_set_version, training_set_digest: Table, Delta version and content of the rows.
         table_versions: Delta version of every table that was read.
-        row_counts: Rows by table or stage.
+        row_counts: Rows by table or stage; ``training_rows`` are those of the training set.
         params: Hyper-parameters, seed, folds.
         profile: The trial's profile as JSON-ready values.
         code_version: Version of the package.
@@ -674,7 +674,7 @@ class ModelRegistry:
             source_type="delta",
             source=json.dumps(source),
             schema=json.dumps({"mlflow_colspec": [{"type": "double", "name": name} for name in record.feature_names]}),
-            profile=json.dumps({"rows": record.row_counts.get("training_set", 0)}),
+            profile=json.dumps({"rows": record.row_counts.get("training_rows", 0)}),
         )
         client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 

@@ -70,7 +70,7 @@ class Trained:
             training_set_version=4,
             training_set_digest=self.data.digest(),
             table_versions={"silver/patient_vitals": 3, "gold/patient_features": 9},
-            row_counts={"training_set": self.data.rows, "silver/patient_vitals": 29643},
+            row_counts={"training_rows": self.data.rows, "silver/patient_vitals": 29643},
             params={**hyper_parameters(), "seed": 7, "folds": 5},
             profile=load_trial("cdisc-pilot").model_dump(mode="json"),
             code_version="0.1.0",
@@ -138,7 +138,7 @@ def test_a_run_holds_everything_one_asks_about_a_model(
     assert found.info.status == "FINISHED"
     assert found.data.params["trial"] == "cdisc-pilot"
     assert found.data.params["delta_version/silver/patient_vitals"] == "3"
-    assert found.data.params["rows/training_set"] == "480"
+    assert found.data.params["rows/training_rows"] == "480"
     assert found.data.params["xgboost.max_depth"] == "2"
     assert found.data.tags["dagster_run_id"] == "run-1"
     assert found.data.metrics["auroc"] == pytest.approx(trained.evaluation.auroc.value)
@@ -146,6 +146,7 @@ def test_a_run_holds_everything_one_asks_about_a_model(
     assert found.data.metrics["candidate/xgboost/auroc"] == pytest.approx(trained.result.scores["xgboost"].auroc)
     assert any(name.startswith("site/") for name in found.data.metrics)
     dataset = found.inputs.dataset_inputs[0].dataset
+    assert json.loads(dataset.profile) == {"rows": 480}
     assert json.loads(dataset.source) == {"uri": "s3://clinical-mlops/gold/training_set", "delta_version": 4}
     assert {item.path for item in client.list_artifacts(run.run_id, "plots")} == {
         "plots/roc.png", "plots/precision_recall.png", "plots/calibration.png", "plots/feature_importance.png",
