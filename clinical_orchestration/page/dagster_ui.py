@@ -28,6 +28,9 @@ STATEMENT_TIMEOUT_MS = 15_000
 
 _logger = logging.getLogger("clinical_orchestration.page")
 
+# Dagster's modules import one another in circles: two threads that import different ones at once meet half-made ones
+_IMPORTING = threading.Lock()
+
 _STARTING = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Dagster is starting</title>
 <meta http-equiv="refresh" content="3"><style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui,sans-serif;
 max-width:40rem;margin:4rem auto;padding:0 1rem}}</style></head><body><h1>The Dagster UI is starting</h1>
@@ -98,7 +101,8 @@ class DagsterUi:
         self._resources.close()
 
     def _open(self) -> None:
-        from dagster_webserver.app import create_app_from_workspace_process_context
+        with _IMPORTING:
+            from dagster_webserver.app import create_app_from_workspace_process_context
 
         while not self._stop.is_set():
             attempt = ExitStack()
@@ -154,8 +158,10 @@ def ping_code_servers(workspace_file: Path) -> None:
     Raises:
         Exception: one does not, or the file names none.
     """
-    from dagster._core.remote_origin import GrpcServerCodeLocationOrigin
-    from dagster._core.workspace.load_target import WorkspaceFileTarget
+    with _IMPORTING:
+        from dagster import DagsterInstance  # noqa: F401 - the package first, then its parts
+        from dagster._core.remote_origin import GrpcServerCodeLocationOrigin
+        from dagster._core.workspace.load_target import WorkspaceFileTarget
 
     origins = WorkspaceFileTarget(paths=[str(workspace_file)]).create_origins()
     servers: Sequence[GrpcServerCodeLocationOrigin] = [

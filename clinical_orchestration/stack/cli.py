@@ -576,7 +576,7 @@ class Commands:
         os.environ.update(settings.environment())  # the adapters read where the services are from there
         trial = self._options.trial or _default_trial()
         with self._display.working("reading tables, model and runs"):
-            return read_summary(settings, trial)
+            return read_summary(settings, trial, self._client.status(settings).level)
 
     def _show_summary(self) -> int:
         from clinical_orchestration.stack.report import show_summary

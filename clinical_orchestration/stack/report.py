@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from clinical_orchestration import tables
 from clinical_orchestration.stack.console import KINDS, MARKS, Display, megabytes
-from clinical_orchestration.stack.model import LEVELS, ServiceStatus, StackStatus
+from clinical_orchestration.stack.model import LEVELS, MAX_LEVEL, ServiceStatus, StackStatus
 
 if TYPE_CHECKING:
     import httpx
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from clinical_orchestration.stack.settings import StackSettings
 
 CHAMPION = "champion"
+MODEL_LEVEL = LEVELS.index("ML pipeline")
 METRICS = ("auroc", "auprc", "auprc_lift", "brier", "ece", "prevalence", "rows", "subjects", "events")
 METRIC_TITLES = {
     "auroc": "AUROC", "auprc": "AUPRC", "auprc_lift": "AUPRC / prevalence", "brier": "Brier score",
@@ -239,8 +240,10 @@ URL_TITLES = {
 }
 
 
-def read_summary(settings: StackSettings, trial: str) -> Summary:
+def read_summary(settings: StackSettings, trial: str, level: int = MAX_LEVEL) -> Summary:
     """Read everything of :class:`Summary`; parts that do not answer become problems.
+
+    What belongs to a level above `level` is not asked for.
 
     The environment must be that of the stack (:meth:`StackSettings.environment`).
     """
@@ -270,8 +273,9 @@ def read_summary(settings: StackSettings, trial: str) -> Summary:
             ("online features (Redis)", lambda: read_online(trial), "online"),
             ("runs (PostgreSQL)", lambda: read_runs(settings.postgres_url()), "runs"),
         )
-        with ThreadPoolExecutor(len(parts)) as pool:
-            list(pool.map(lambda item: part(item[0], item[1], keep(item[2])), parts))
+        asked = [item for item in parts if item[2] != "models" or level >= MODEL_LEVEL]
+        with ThreadPoolExecutor(len(asked)) as pool:
+            list(pool.map(lambda item: part(item[0], item[1], keep(item[2])), asked))
     return summary
 
 
