@@ -272,7 +272,7 @@ class Engine:
             instance.result = errors.trial_mismatch(instance.trial, trial)
             return
         if trial not in self._profiles:
-            instance.result = errors.online_features_unreadable()
+            instance.result = errors.trial_not_served()
             return
         instance.trial, instance.features = trial, row.features
         instance.feature_time, instance.feature_set = row.feature_time, row.feature_set or None
@@ -334,7 +334,7 @@ class Engine:
                     instance.result = errors.no_values()
                     continue
             members.append(instance)
-            rows.append([values.get(name) for name in served.model.feature_names])
+            rows.append(list(map(values.get, served.model.feature_names)))
         log_rows: list[dict[str, Any]] = []
         for trial, (served, members, rows) in groups.items():
             if members:

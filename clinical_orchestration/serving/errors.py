@@ -90,6 +90,16 @@ def online_features_unreadable() -> Problem:
     )
 
 
+def trial_not_served() -> Problem:
+    """The hash names a trial that the server has no profile of."""
+    return Problem(
+        503,
+        "trial_not_served",
+        "This patient's features belong to a trial that this server has no profile of.",
+        "Start the server with the profile: set CLINICAL_TRIAL to its name or to its YAML file.",
+    )
+
+
 def overloaded(limit: int) -> Problem:
     """Too much waits already."""
     return Problem(

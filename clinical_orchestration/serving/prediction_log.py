@@ -31,6 +31,7 @@ from clinical_orchestration.serving.spool import Spool, open_spool
 _logger = logging.getLogger(__name__)
 
 _BATCH_ROWS = 5_000  # in one commit
+_SLOW_SECONDS = 15.0  # of one append, after which the table counts as out
 _COMPACT_EVERY = 900.0  # seconds, and only after something was written
 
 
@@ -134,6 +135,7 @@ class PredictionLog:
         self._write_error: str | None = None
         self._spool_error: str | None = None
         self._unsynced = False
+        self._writing_since: float | None = None
 
     def start(self) -> None:
         """Open the spool and start the background thread. Never fails: without a spool, rows wait in memory."""
@@ -167,6 +169,10 @@ class PredictionLog:
         """Return how the log is doing now."""
         drains = [drain for drain in (self._drain, *self._abandoned) if drain is not None]
         in_memory = len(self._memory)
+        since, slow = self._writing_since, None
+        if since is not None and (waited := time.monotonic() - since) > _SLOW_SECONDS:
+            # the driver tries for minutes before it gives up; say so before that
+            slow = f"gold/predictions has not answered for {waited:.0f} s"
         return LogState(
             backlog=sum(drain.backlog for drain in drains) + in_memory,
             in_memory=in_memory,
@@ -175,7 +181,7 @@ class PredictionLog:
             write_failures=self._write_failures,
             spool_failures=self._spool_failures,
             spool_bytes=sum(drain.spool.size_bytes for drain in drains),
-            last_error="; ".join(filter(None, (self._write_error, self._spool_error))) or None,
+            last_error="; ".join(filter(None, (slow or self._write_error, self._spool_error))) or None,
         )
 
     def flush(self, timeout: float) -> bool:
@@ -243,14 +249,10 @@ class PredictionLog:
             moved = 0
             try:
                 self._sync()
+                self._writing_since = time.monotonic()
                 moved = self._step()
                 failures_in_a_row = 0
                 self._write_error = None
-                if time.monotonic() > next_compaction and self._sink is not None and not self._stopping:
-                    next_compaction = time.monotonic() + _COMPACT_EVERY
-                    if self._written > written_at_compaction:
-                        written_at_compaction = self._written
-                        self._sink.compact()
             except Exception as error:
                 failures_in_a_row += 1
                 self._write_failures += 1
@@ -259,7 +261,14 @@ class PredictionLog:
                     # the text of a driver's error may show rows or addresses with credentials
                     _logger.warning("%s; predictions stay in the spool and are written later", text)
                 self._write_error = text
+            finally:
+                self._writing_since = None
             self._idle.set()
+            if time.monotonic() > next_compaction and not self._stopping:
+                next_compaction = time.monotonic() + _COMPACT_EVERY
+                if self._written > written_at_compaction:
+                    written_at_compaction = self._written
+                    self._compact()
             if self._stopping and (not moved or failures_in_a_row):
                 return
             if moved >= _BATCH_ROWS:
@@ -267,6 +276,14 @@ class PredictionLog:
             if not self._stopping:
                 self._wake.wait(min(30.0, self._flush_seconds * 2 ** min(failures_in_a_row, 5)))
                 self._wake.clear()
+
+    def _compact(self) -> None:
+        try:
+            if self._sink is not None:
+                self._sink.compact()
+        except Exception as error:
+            # another server may be doing the same; it costs readers some speed, and nothing is lost
+            _logger.warning("compacting gold/predictions failed: %s", type(error).__name__)
 
     def _sync(self) -> None:
         if self._drain is None:

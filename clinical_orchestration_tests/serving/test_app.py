@@ -172,6 +172,12 @@ def test_a_patient_s_own_trial_picks_the_model(tmp_path: Path) -> None:
         refused(server, {"patient_id": "S1", "trial": "cdisc-pilot"}, 422, "trial_mismatch")
 
 
+def test_a_patient_of_a_trial_without_profile_is_503(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        server.online.add("P1", trial="elsewhere")
+        refused(server, {"patient_id": "P1"}, 503, "trial_not_served")
+
+
 def test_no_model_yet_is_503_and_health_says_so(tmp_path: Path) -> None:
     with running(tmp_path, model=None) as server:
         server.online.add("P1")

@@ -1,9 +1,11 @@
 import json
+import threading
 from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
 
+from clinical_orchestration.serving import prediction_log
 from clinical_orchestration.serving.prediction_log import PredictionLog
 from clinical_orchestration.serving.spool import Spool
 from clinical_orchestration.stores.predictions import PredictionTable, predictions_table
@@ -62,6 +64,46 @@ def test_rows_wait_while_the_table_is_out(tmp_path: Path) -> None:
     assert log.flush(5.0)
     assert sink.ids() == ["a"]
     wait_for(lambda: log.state().last_error is None)
+    log.close()
+
+
+def test_a_table_that_hangs_is_told_before_the_driver_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = threading.Event()
+
+    class Hanging(FakeSink):
+        def last_sequence(self, log_id: str) -> int:
+            assert answer.wait(10)
+            return super().last_sequence(log_id)
+
+    monkeypatch.setattr(prediction_log, "_SLOW_SECONDS", 0.05)
+    sink = Hanging()
+    log = started(tmp_path, sink)
+    log.record(rows("a"))
+    wait_for(lambda: "has not answered for" in (log.state().last_error or ""))
+    log.record(rows("b"))  # goes on meanwhile
+    answer.set()
+    assert log.flush(5.0)
+    assert log.state().last_error is None
+    log.close()
+    assert sink.ids() == ["a", "b"]
+
+
+def test_a_failed_compaction_is_no_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = threading.Event()
+
+    class Busy(FakeSink):
+        def compact(self) -> None:
+            tried.set()
+            raise OSError("another server compacts")
+
+    monkeypatch.setattr(prediction_log, "_COMPACT_EVERY", 0.0)
+    log = started(tmp_path, Busy())
+    log.record(rows("a"))
+    assert log.flush(5.0)
+    assert tried.wait(5)
+    log.record(rows("b"))
+    assert log.flush(5.0)
+    assert (log.state().write_failures, log.state().last_error) == (0, None)
     log.close()
 
 
