@@ -57,7 +57,7 @@ def test_every_step_has_a_pool_of_the_contract_and_its_retry_rule(job: dg.JobDef
 
 
 def test_schedule_fires_every_six_hours_utc() -> None:
-    schedule = defs.get_schedule_def("clinical_data_pipeline_schedule")
+    schedule = defs.resolve_schedule_def("clinical_data_pipeline_schedule")
     ticks = cron_string_iterator(
         datetime(2026, 3, 28, 12, 30, tzinfo=UTC).timestamp(), str(schedule.cron_schedule), schedule.execution_timezone
     )

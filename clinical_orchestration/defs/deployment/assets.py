@@ -1,7 +1,6 @@
 """The champion: promotion by rule, and the model server's answer."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
@@ -42,7 +41,7 @@ def deploy_model(
     pipeline: PipelineResource,
     registry: dg.ResourceParam[ModelRegistry],
     serving: dg.ResourceParam[ServingClient],
-) -> dg.MaterializeResult[Any]:
+) -> Iterator[dg.MaterializeResult[Any]]:
     """Decide on the registered version, move the alias if it may, and see the server answer with the champion."""
     from clinical_orchestration.modeling.plots import decision_table
     from clinical_orchestration.modeling.promotion import decide
@@ -71,7 +70,7 @@ def deploy_model(
             champion = info
         context.log.info("%s version %s is %s: %s", name, version, outcome, "; ".join(decision.reasons))
     served, served_metadata = _served(serving, profile.name, champion.version if champion else None)
-    return materialized(
+    yield materialized(
         asset_key(CHAMPION),
         profile.name,
         {

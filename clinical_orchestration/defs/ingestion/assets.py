@@ -1,7 +1,5 @@
 """Kafka topics, raw tables, and silver with its quarantine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any

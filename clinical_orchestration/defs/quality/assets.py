@@ -1,7 +1,6 @@
 """Table rules, completeness and one score a table, compared with the platform's threshold."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,7 @@ RULES = dg.AssetCheckSpec(
 )
 def validate_data_quality(
     pipeline: PipelineResource, tables: dg.ResourceParam[TableStore]
-) -> dg.MaterializeResult[Any]:
+) -> Iterator[dg.MaterializeResult[Any]]:
     """Check the trial's rows of every silver table."""
     profile = pipeline.profile()
     threshold = pipeline.variables().data_quality_threshold
@@ -58,7 +57,7 @@ def validate_data_quality(
     scores = {domain: quality.score for domain, quality in qualities.items()}
     low = {domain: score for domain, score in scores.items() if score < threshold}
     broken = [(domain, failure) for domain, quality in qualities.items() for failure in quality.failures]
-    return materialized(
+    yield materialized(
         asset_key(CLINICAL_DATA_QUALITY),
         profile.name,
         {"scores": scores, "threshold": threshold, "broken_rules": [failure.name for _, failure in broken]},
@@ -97,14 +96,14 @@ def validate_data_quality(
     )
 
 
-def _qualities(tables: TableStore, trial: str, now: datetime) -> dict[str, TableQuality]:
+def _qualities(tables: TableStore, trial: str, now: datetime) -> "dict[str, TableQuality]":
     import polars as pl
 
     from clinical_orchestration.quality.rules import check_table
 
     mine = [("trial", "=", trial)]
 
-    def frame(name: str, columns: list[str] | None = None) -> pl.DataFrame:
+    def frame(name: str, columns: list[str] | None = None) -> "pl.DataFrame":
         return pl.DataFrame(pl.from_arrow(tables.read(name, columns=columns, filters=mine)))
 
     subjects = frame(silver("subjects"))

@@ -1,7 +1,5 @@
 """MLflow experiment, training set, candidate models, evaluation and registered version."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +147,7 @@ def train_model(
     )
 
 
-def _training_rows(tables: TableStore, profile: TrialProfile) -> pl.DataFrame:
+def _training_rows(tables: TableStore, profile: TrialProfile) -> "pl.DataFrame":
     import polars as pl
 
     from clinical_orchestration.features.definitions import feature_names
@@ -158,7 +156,7 @@ def _training_rows(tables: TableStore, profile: TrialProfile) -> pl.DataFrame:
     if not tables.exists(FEATURES):
         raise dg.Failure("there are no features yet; materialize gold/patient_features first", allow_retries=False)
 
-    def frame(name: str, columns: list[str] | None = None) -> pl.DataFrame:
+    def frame(name: str, columns: list[str] | None = None) -> "pl.DataFrame":
         rows = tables.read(name, columns=columns, filters=[("trial", "=", profile.name)])
         return pl.DataFrame(pl.from_arrow(rows))
 
@@ -176,7 +174,7 @@ def _train(
     profile: TrialProfile,
     tables: TableStore,
     registry: ModelRegistry,
-    rows: pl.DataFrame,
+    rows: "pl.DataFrame",
     data: Any,
     mark: str,
     experiment_id: str,
@@ -289,7 +287,7 @@ def evaluate_model(
     )
 
 
-def _stored_evaluation(registry: ModelRegistry, run_id: str) -> Evaluation | None:
+def _stored_evaluation(registry: ModelRegistry, run_id: str) -> "Evaluation | None":
     import json
 
     from clinical_orchestration.modeling.results import Evaluation
@@ -301,7 +299,7 @@ def _stored_evaluation(registry: ModelRegistry, run_id: str) -> Evaluation | Non
         return None  # the run stopped between training and evaluation
 
 
-def _evaluate(registry: ModelRegistry, run_id: str, profile: TrialProfile) -> Evaluation:
+def _evaluate(registry: ModelRegistry, run_id: str, profile: TrialProfile) -> "Evaluation":
     from clinical_orchestration.modeling import plots
     from clinical_orchestration.modeling.evaluate import curves, evaluate
     from clinical_orchestration.modeling.train import CrossValidation
