@@ -528,7 +528,9 @@ class ConfluentProducer:
                 "linger.ms": linger * 1000,
                 "delivery.timeout.ms": int(delivery_timeout * 1000),
                 "queue.buffering.max.messages": 200_000,
-                "compression.type": "lz4",
+                # the one codec that every client reads without another library, kafka-python included
+                "compression.type": "gzip",
+                "compression.level": 1,
                 "partitioner": "murmur2_random",  # the Java client's choice: one key, one partition, whoever writes
                 "error_cb": _ignore_event,
                 **(options or {}),

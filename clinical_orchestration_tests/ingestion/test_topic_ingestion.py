@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -253,3 +256,21 @@ def test_the_monitor_shows_lag_age_and_what_is_wrong_with_the_newest(
     assert not report.topics["subjects"].exists
     assert "no such topic" in report.as_markdown()
     assert monitor_topics(tables, kafka, TOPICS, now=NOW, sample=6).topics["patient_vitals"].sampled <= 6
+
+
+def test_two_ingesters_of_one_delta_table_double_nothing(tmp_path: Path, kafka: FakeKafka) -> None:
+    from clinical_orchestration.stores.tables import DeltaTableStore
+
+    sent = fill(kafka, 240)
+    start = threading.Barrier(2)
+
+    def work() -> int:
+        store = DeltaTableStore(str(tmp_path))
+        start.wait()
+        return int(ingest(store, kafka, max_batch_rows=20).rows)
+
+    with ThreadPoolExecutor(2) as pool:
+        written = [future.result() for future in [pool.submit(work), pool.submit(work)]]
+    assert sum(written) == 240
+    rows = DeltaTableStore(str(tmp_path)).read("bronze/patient_vitals").column("source_position").to_pylist()
+    assert sorted(rows) == sorted(sent)
