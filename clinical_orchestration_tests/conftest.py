@@ -7,6 +7,7 @@ set in the process: a test sets them with ``monkeypatch.setenv`` or passes them 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,8 +65,20 @@ def spark_env(s3_env: Environment, tmp_path_factory: pytest.TempPathFactory) -> 
             if environment["CLINICAL_SPARK_CONNECTORS"] != "true":
                 pytest.skip("Spark's Delta and S3 connectors are not downloaded and Maven Central cannot be reached")
             yield environment
+            _end_spark_sessions()
     except NotInstalledError as reason:
         pytest.skip(f"{reason}")
+
+
+def _end_spark_sessions() -> None:
+    """End the sessions that tests left open: at exit, their clients would try for minutes to reach the ended server."""
+    if "pyspark.sql.connect.session" not in sys.modules:
+        return
+    from pyspark.sql.connect.session import SparkSession
+
+    session = SparkSession.getActiveSession()
+    if session is not None and not session.is_stopped:
+        session.stop()
 
 
 @pytest.fixture(scope="session")

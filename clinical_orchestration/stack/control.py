@@ -274,8 +274,9 @@ def _ask_service(settings: StackSettings, spec: ServiceSpec, reported: ServiceSt
         else:
             found.error = "its process is gone" if not alive else short(error)
             found.cure = f"The supervisor restarts it. Its log: {found.log}" if found.log else None
-        if reported.state is State.STARTING and alive:
+        if reported.state is State.STARTING and reported.restarts == 0:
             found.state = State.STARTING
+            found.error, found.cure = reported.error, reported.cure
     return found
 
 

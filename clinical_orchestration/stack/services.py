@@ -689,8 +689,9 @@ def _resp(parts: Sequence[str]) -> bytes:
 
 def _mlflow_command(context: Context) -> list[str]:
     return [
-        *(sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(context.port("mlflow"))),
-        *("--artifacts-destination", f"s3://{buckets()[1]}", "--serve-artifacts", "--workers", "1"),
+        *(sys.executable, "-m", "clinical_orchestration.stack.mlflow_server"),
+        *("--host", LOOPBACK, "--port", str(context.port("mlflow"))),
+        *("--artifacts-destination", f"s3://{buckets()[1]}"),
     ]
 
 
