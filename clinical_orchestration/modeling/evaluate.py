@@ -28,7 +28,7 @@ REPLICATES = 1000
 BINS = 10
 MIN_GROUP_SUBJECTS = 10
 MIN_GROUP_OUTCOMES = 10
-_CHUNK = 4_000_000  # replicates x rows in memory at once: 32 MB a double array
+_CHUNK = 1_000_000  # replicates x rows in memory at once: 8 MB an array, and there are about ten
 _CLIP = 1e-6
 
 

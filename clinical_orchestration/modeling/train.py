@@ -10,7 +10,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +44,18 @@ TIE = 0.005
 # error.
 HYPER_PARAMETERS: dict[str, dict[str, float | int | str]] = {
     "logistic_regression": {"log_odds_variance": 0.4, "max_iter": 1000},
-    "random_forest": {"n_estimators": 200, "min_samples_leaf": 12, "max_features": "sqrt", "max_samples": 0.7},
+    "random_forest": {
+        "n_estimators": 200, "min_samples_leaf": 12, "max_features": "sqrt", "sampled_share": 0.7, "sampled_rows": 6000,
+    },
     "xgboost": {
         "n_estimators": 150, "max_depth": 2, "learning_rate": 0.05, "subsample": 0.7, "colsample_bytree": 0.3,
         "min_child_weight": 10, "reg_lambda": 10.0,
     },
 }  # fmt: skip
+
+
+_IMPORTANCE_ROWS = 2000  # held-out rows a fold that measure importance
+_CELLS = 5_000_000  # of a matrix that is built on the way: 40 MB
 
 
 class TrainingDataError(ValueError):
@@ -62,7 +69,7 @@ def hyper_parameters() -> dict[str, str]:
     }
 
 
-def candidates(seed: int, features: int = 200) -> dict[str, EstimatorFactory]:
+def candidates(seed: int, features: int = 200, rows: int = 2000) -> dict[str, EstimatorFactory]:
     """Return the candidate models by name; calling a value gives a new, unfitted scikit-learn estimator.
 
     All take missing values: the logistic regression imputes the median and adds an indicator a feature with gaps, the
@@ -72,6 +79,7 @@ def candidates(seed: int, features: int = 200) -> dict[str, EstimatorFactory]:
         seed: Of everything random in the models.
         features: Number of features. The ridge of the logistic regression grows with it, so that the log odds have the
             same variance beforehand whether a trial has ten features or three hundred.
+        rows: Number of rows. Each tree of the forest draws 70 % of them, at most 6,000, so that its time stays bounded.
     """
 
     def logistic_regression() -> Any:
@@ -94,7 +102,9 @@ def candidates(seed: int, features: int = 200) -> dict[str, EstimatorFactory]:
     def random_forest() -> Any:
         from sklearn.ensemble import RandomForestClassifier
 
-        return RandomForestClassifier(random_state=seed, n_jobs=_cores(), **HYPER_PARAMETERS["random_forest"])
+        own = dict(HYPER_PARAMETERS["random_forest"])
+        share = min(float(own.pop("sampled_share")), float(own.pop("sampled_rows")) / max(1, rows))
+        return RandomForestClassifier(random_state=seed, n_jobs=_cores(), max_samples=share, **own)
 
     def xgboost() -> Any:
         from xgboost import XGBClassifier
@@ -195,9 +205,16 @@ class TrainingData:
         return pd.DataFrame(self.features[rows], columns=list(self.feature_names), copy=True)
 
     def digest(self) -> str:
-        """Return a SHA-256 over names, values, labels and subject numbering: equal rows, equal digest."""
+        """Return a SHA-256 over names, values, labels and subject numbering: equal rows, equal digest.
+
+        Values count in single precision: an engine that adds up in parallel may give another last digit next time,
+        which is no other training set.
+        """
         sha = hashlib.sha256(json.dumps(self.feature_names).encode())
-        for array in (np.where(np.isnan(self.features), np.nan, self.features), self.labels, self.subjects):
+        with np.errstate(over="ignore"):
+            values = self.features.astype(np.float32) + np.float32(0)  # -0 becomes 0
+        values[np.isnan(values)] = np.nan
+        for array in (values, self.labels, self.subjects):
             sha.update(np.ascontiguousarray(array).tobytes())
         return sha.hexdigest()
 
@@ -418,17 +435,18 @@ def cross_validate(
     if not isinstance(data, TrainingData):
         data = TrainingData.from_frame(data, feature_names or ())
     fold = assign_folds(data, seed, folds)
-    factories = candidates(seed, len(data.feature_names))
+    factories = candidates(seed, len(data.feature_names), data.rows)
     probabilities = {name: np.zeros(data.rows) for name in MEMBERS}
     fitted: list[dict[str, Any]] = []
-    for number in range(folds):
-        inside, outside = fold != number, fold == number
-        models = {}
-        for name in MEMBERS:
-            model = _single_threaded(factories[name]().fit(data.features[inside], data.labels[inside]))
-            probabilities[name][outside] = model.predict_proba(data.features[outside])[:, 1]
-            models[name] = model
-        fitted.append(models)
+    with _one_thread_each():
+        for number in range(folds):
+            inside, outside = fold != number, fold == number
+            models = {}
+            for name in MEMBERS:
+                model = _single_threaded(factories[name]().fit(data.features[inside], data.labels[inside]))
+                probabilities[name][outside] = model.predict_proba(data.features[outside])[:, 1]
+                models[name] = model
+            fitted.append(models)
     probabilities[ENSEMBLE] = np.mean([probabilities[name] for name in MEMBERS], axis=0)
     probabilities = {name: np.clip(values, 0.0, 1.0) for name, values in probabilities.items()}
     scores = {name: score(data.labels, values) for name, values in probabilities.items()}
@@ -483,15 +501,23 @@ def _importance(
     drops: list[Floats] = []
     for number, models in enumerate(fitted):
         rows, labels = data.features[fold == number], data.labels[fold == number]
+        if len(rows) > _IMPORTANCE_ROWS:
+            drawn = np.sort(rng.choice(len(rows), _IMPORTANCE_ROWS, replace=False))
+            rows, labels = rows[drawn], labels[drawn]
         if len(np.unique(labels)) < 2:
             continue
-        shuffled = np.repeat(rows[None], len(looked_at), axis=0)
-        for position, column in enumerate(looked_at):
-            shuffled[position, :, column] = rows[rng.permutation(len(rows)), column]
-        stacked = np.concatenate([rows[None], shuffled]).reshape(-1, width)
-        mean = np.mean([models[name].predict_proba(stacked)[:, 1] for name in members], axis=0)
-        areas = np.array([score(labels, np.clip(p, 0, 1)).auroc for p in mean.reshape(-1, len(rows))])
-        drops.append(areas[0] - areas[1:])
+        ask = _asker([models[name] for name in members])
+        base = score(labels, ask(rows)).auroc
+        block = max(1, _CELLS // (len(rows) * width))  # many features in one call, within bounded memory
+        areas: list[float] = []
+        for start in range(0, len(looked_at), block):
+            columns = looked_at[start : start + block]
+            shuffled = np.repeat(rows[None], len(columns), axis=0)
+            for position, column in enumerate(columns):
+                shuffled[position, :, column] = rows[rng.permutation(len(rows)), column]
+            answers = ask(shuffled.reshape(-1, width)).reshape(len(columns), len(rows))
+            areas += [score(labels, answer).auroc for answer in answers]
+        drops.append(base - np.array(areas))
     if not drops:
         return ()
     mean_drop, deviation = np.mean(drops, axis=0), np.std(drops, axis=0)
@@ -502,11 +528,36 @@ def _importance(
     return tuple(sorted(found, key=lambda item: (-item.drop, item.feature)))
 
 
+def _asker(models: Sequence[Any]) -> Callable[[Floats], Floats]:
+    """Return what gives the mean probability of several models."""
+
+    def ask(rows: Floats) -> Floats:
+        mean: Floats = np.mean([model.predict_proba(rows)[:, 1] for model in models], axis=0, dtype=np.float64)
+        return np.asarray(np.clip(mean, 0.0, 1.0), dtype=np.float64)
+
+    return ask
+
+
 def _model_weights(model: Any, width: int) -> Floats:
     """Return how much a fitted member uses each feature: impurity or gain for trees, absolute coefficients else."""
     if hasattr(model, "feature_importances_"):
         return np.nan_to_num(np.asarray(model.feature_importances_, dtype=np.float64))
     return np.asarray(np.abs(model[-1].coef_[0][:width]), dtype=np.float64)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Keep linear algebra and OpenMP to one thread.
+
+    At this size their threads wait for each other more than they compute, and a sum then depends on their number. The
+    forest is not affected: it grows its trees in threads of its own.
+    """
+    import sklearn.linear_model  # noqa: F401 - only libraries that are loaded can be limited
+    import xgboost  # noqa: F401
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    with threadpool_limits(limits=1):
+        yield
 
 
 def _single_threaded(estimator: Any) -> Any:
@@ -548,12 +599,13 @@ def fit_final(
     """
     if not isinstance(data, TrainingData):
         data = TrainingData.from_frame(data, feature_names or ())
-    factories = candidates(seed, len(data.feature_names))
+    factories = candidates(seed, len(data.feature_names), data.rows)
     if name not in factories:
         raise ValueError(f"there is no candidate {name!r}; there are {', '.join(factories)}")
     if data.rows < MIN_ROWS:
         raise TrainingDataError(f"{data.rows} training rows; at least {MIN_ROWS} are needed")
     if not 0 < int(data.labels.sum()) < data.rows:
         raise TrainingDataError("both outcomes are needed; one is absent")
-    estimator = factories[name]().fit(data.frame(), data.labels.astype(np.int64))
+    with _one_thread_each():
+        estimator = factories[name]().fit(data.frame(), data.labels.astype(np.int64))
     return FittedModel(name, _single_threaded(estimator), data.feature_names, data.rows, len(np.unique(data.subjects)))

@@ -79,7 +79,7 @@ def test_models_never_see_the_subjects_they_are_asked_about(
 
         feature_importances_ = np.ones(len(FEATURES))
 
-    monkeypatch.setattr(train, "candidates", lambda seed, features: dict.fromkeys([*MEMBERS, ENSEMBLE], Spy))
+    monkeypatch.setattr(train, "candidates", lambda *sizes: dict.fromkeys([*MEMBERS, ENSEMBLE], Spy))
     cross_validate(data, seed=3, folds=4)
     assert len(seen) >= 4 * len(MEMBERS)
     assert not any(seen)
@@ -211,9 +211,11 @@ def test_fingerprint_tells_what_changes_a_model(frame: pl.DataFrame, monkeypatch
     base = mark(frame)
     assert mark(frame.sample(fraction=1.0, shuffle=True, seed=1)) == base
     assert mark(frame.with_columns(site=pl.lit("elsewhere"))) == base
+    # what parallel sums may do to the last digit
+    assert mark(frame.with_columns(pl.col("risk", "with_gaps") * (1 + 4e-16))) == base
     different = [
         mark(frame.with_columns(label=1 - pl.col("label"))),
-        mark(frame.with_columns(risk=pl.col("risk") + 1e-9)),
+        mark(frame.with_columns(risk=pl.col("risk") * 1.000001)),
         mark(frame.with_columns(patient_id=pl.lit("one"))),
         mark(frame.head(100)),
         mark(frame, FEATURES[:3]),
@@ -256,3 +258,19 @@ def test_degenerate_rows_are_a_clear_error(frame: pl.DataFrame) -> None:
         fit_final(frame.with_columns(label=pl.lit(0)), FEATURES)
     with pytest.raises(ValueError, match="no candidate 'magic'"):
         fit_final(frame, FEATURES, name="magic")
+
+
+def test_large_trials_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert candidates(0, rows=60_000)["random_forest"]().max_samples == 0.1
+    assert candidates(0, rows=2_000)["random_forest"]().max_samples == 0.7
+    data = TrainingData.from_frame(training_frame(), FEATURES)
+    monkeypatch.setattr(train, "_IMPORTANCE_ROWS", 40)
+    monkeypatch.setattr(train, "_CELLS", 300)
+    fold = assign_folds(data, 0, 3)
+    fitted = []
+    for number in range(3):
+        model = candidates(0)["xgboost"]().fit(data.features[fold != number], data.labels[fold != number])
+        fitted.append({"xgboost": model})
+    found = train._importance(data, fold, fitted, ("xgboost",), 0, 4)
+    assert len(found) == 4
+    assert found[0].feature == "risk"
