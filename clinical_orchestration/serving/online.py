@@ -132,8 +132,8 @@ class RedisFeatureReader:
                 decode_responses=True,
                 socket_timeout=self._timeout,
                 socket_connect_timeout=self._timeout,
-                # one more attempt at once, for a connection that Redis closed; more would make requests wait
-                retry=Retry(NoBackoff(), 1),
+                # one more attempt at once, for a connection that Redis closed; none after a time-out: requests wait
+                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
                 health_check_interval=30,
             )
         return self._opened
