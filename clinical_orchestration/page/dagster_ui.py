@@ -52,9 +52,32 @@ def open_workspace(workspace_file: Path, stack: ExitStack) -> WorkspaceProcessCo
         raise FileNotFoundError(f"{workspace_file} is missing; DAGSTER_HOME must name the folder that holds it")
     instance = stack.enter_context(DagsterInstance.get())
     instance.optimize_for_webserver(STATEMENT_TIMEOUT_MS, pool_recycle=3600, max_overflow=POOL_OVERFLOW)
+    check_pooled_connections(instance)
     return stack.enter_context(
         WorkspaceProcessContext(instance, WorkspaceFileTarget(paths=[str(workspace_file)]), version=version)
     )
+
+
+def check_pooled_connections(instance: DagsterInstance) -> None:
+    """Try each pooled connection before it is used, so that a restarted database costs no failed request.
+
+    Dagster sets up its pools without this; a connection that fails the check is replaced by the pool. It costs one
+    round trip, 0.1 ms on a local socket.
+    """
+    from sqlalchemy import event
+    from sqlalchemy.exc import DisconnectionError
+
+    def check(connection: Any, record: object, proxy: object) -> None:
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT 1")
+        except Exception as error:
+            raise DisconnectionError("the database closed this connection") from error
+
+    for storage in (instance.run_storage, instance.event_log_storage, instance.schedule_storage):
+        engine = getattr(storage, "_engine", None)
+        if engine is not None and engine.dialect.name == "postgresql":
+            event.listen(engine, "checkout", check)
 
 
 class DagsterUi:

@@ -150,10 +150,9 @@ class UvProgress:
 
     def text(self) -> str:
         """Return the phase, with the share of the announced downloads that is done."""
-        if self.phase == "downloading" and self.megabytes:
-            return (
-                f"downloading {self._done:.0f} of {self.megabytes:.0f} MB ({100 * self._done / self.megabytes:.0f} %)"
-            )
+        if self.phase.startswith(("downloading", "building")) and self._done < self.megabytes:
+            share = 100 * self._done / self.megabytes
+            return f"downloading {self._done:.0f} of {self.megabytes:.0f} MB ({share:.0f} %)"
         return self.phase
 
 
@@ -199,21 +198,26 @@ def run(
 def diagnose(output: str, folder: Path) -> tuple[str, str]:
     """Return the cause and the cure that the output of a failed step and the state of the machine point to."""
     lowered = output.lower()
-    last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no output")
+    lines = [line.strip().removeprefix("cause: ") for line in output.splitlines() if line.strip()]
+    last = lines[-1] if lines else "no output"
+
+    def telling(words: tuple[str, ...]) -> str | None:
+        return next((line for line in lines if any(word in line.lower() for word in words)), None)
+
     free = shutil.disk_usage(folder).free if folder.exists() else NEEDED_BYTES
     if "no space left" in lowered or "os error 28" in lowered or "errno 28" in lowered or free < 100 * 1024**2:
         return (f"the disk that holds {folder} is full ({free / 1024**2:.0f} MB free)",
                 f"free about {NEEDED_BYTES / 1024**3:.0f} GB there, or name another folder in CLINICAL_VENV"
                 " (and UV_CACHE_DIR), then repeat")  # fmt: skip
-    if "certificate" in lowered or "unknownissuer" in lowered:
-        return (f"a server's certificate is not trusted: {last}",
+    if line := telling(("certificate", "unknownissuer")):
+        return (f"a server's certificate is not trusted: {line}",
                 "set SSL_CERT_FILE to your organisation's certificate bundle, then repeat")  # fmt: skip
-    if any(word in lowered for word in ("dns", "resolve", "connect", "timed out", "timeout", "network", "unreachable")):
-        return (f"the package index cannot be reached: {last}",
-                "check the network (HTTPS_PROXY behind a proxy), then repeat: what is there is kept")  # fmt: skip
-    if "permission denied" in lowered or "os error 13" in lowered or "read-only" in lowered:
-        return (f"no permission to write: {last}",
+    if line := telling(("permission denied", "os error 13", "read-only file")):
+        return (f"no permission to write: {line}",
                 f"make {folder} writable, or name another folder in CLINICAL_VENV")  # fmt: skip
+    if line := telling(("dns error", "resolv", "connect", "timed out", "timeout", "unreachable", "failed to fetch")):
+        return (f"the package index cannot be reached: {line}",
+                "check the network (HTTPS_PROXY behind a proxy), then repeat: what is there is kept")  # fmt: skip
     return last, "repeat; if it stays, the log named above has the whole story"
 
 
@@ -285,14 +289,17 @@ def find_uv(venv: Path, environment: dict[str, str], display: Display) -> str:
     for candidate in (shutil.which("uv"), str(tools / "bin" / "uv")):
         if candidate and (version := _uv_version(candidate)) and version >= OLDEST_UV:
             return candidate
-    wanted = ["install", "--quiet", "--upgrade", "--target", str(tools), f"uv=={UV_VERSION}"]
+    wanted = ["install", "--quiet", "--retries", "2", "--timeout", "20", "--upgrade", "--target", str(tools)]
     output = ""
     for python in _pythons_with_pip(venv, environment):
         # first with the caller's pip settings (a mirror may be the only way out), then without them
         for extra in ([], ["--isolated"]):
-            status, output = run([python, "-m", "pip", *extra, *wanted], environment, display, lambda: "installing uv")
+            command = [python, "-m", "pip", *extra, *wanted, f"uv=={UV_VERSION}"]
+            status, output = run(command, environment, display, lambda: "installing uv")
             if status == 0 and _uv_version(str(tools / "bin" / "uv")):
                 return str(tools / "bin" / "uv")
+        if "No matching distribution" in output or "connection" in output.lower():
+            break  # another pip would reach no more than this one
     if not output:
         raise SetupError(
             "uv, which installs the packages, could not be installed",

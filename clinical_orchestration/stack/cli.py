@@ -321,7 +321,7 @@ class Commands:
                 if shown.get(event.service) == event.state:
                     return
                 shown[event.service] = event.state
-                self._display.line(f"{elapsed}  {event.message}", KINDS.get(event.state, "idle"))
+                self._display.line(f"{elapsed}  {event.message[:300]}", KINDS.get(event.state, "idle"))
                 waiting = [name for name, state in shown.items() if state == "starting"]
                 self._display.now(f"{text}: {', '.join(waiting)}" if waiting else text)
             else:
@@ -761,6 +761,19 @@ def _check_trial(name: str) -> None:
         ) from None
 
 
+def _find_room_for_jars() -> None:
+    """Keep the jars in the stack's folder where the user has no folder of caches (an account without a home)."""
+    from clinical_orchestration.stack.settings import default_home, default_jars
+
+    if os.environ.get("CLINICAL_JARS"):
+        return
+    folder = default_jars()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        os.environ["CLINICAL_JARS"] = str(default_home() / "jars")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; return its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -774,6 +787,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from clinical_orchestration.stack import client
         from clinical_orchestration.stack.settings import StackSettings
 
+        _find_room_for_jars()
         commands = Commands(options, display, client, StackSettings.load)
         status = commands.execute()
     except UserError as error:
