@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -26,11 +27,16 @@ LOG_BACKUPS = 3
 
 @dataclass(frozen=True)
 class RunAs:
-    """Another user to run a program as; only root can."""
+    """Another user to run a program as; only root can. The modes are explained in ``_launch.py``."""
 
     uid: int
     gid: int
-    keep_access: bool = False
+    mode: Literal["plain", "capability", "namespace"] = "plain"
+
+    @property
+    def owner(self) -> tuple[int, int]:
+        """User and group that the program's files must belong to, seen from outside."""
+        return (os.geteuid(), os.getegid()) if self.mode == "namespace" else (self.uid, self.gid)
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def launch_command(command: Sequence[str], run_as: RunAs | None = None, die_with
         parent,
         str(user.uid),
         str(user.gid),
-        str(int(user.keep_access)),
+        user.mode,
         *command,
     ]
 
@@ -252,9 +258,9 @@ def log_tail(log: Path, lines: int = 5, since: int = 0) -> str:
     return " | ".join(line[:300] for line in kept[-lines:])
 
 
-def unprivileged_user() -> pwd.struct_passwd:
-    """Return the user that programs run as which refuse root: ``nobody``, else ``postgres``, else any other."""
-    for name in ("nobody", "postgres"):
+def unprivileged_user(names: Sequence[str] = ("nobody", "postgres")) -> pwd.struct_passwd:
+    """Return the user that programs run as which refuse root: the first of ``names`` that exists, else any other."""
+    for name in names:
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name)
     others = [user for user in pwd.getpwall() if user.pw_uid != 0]

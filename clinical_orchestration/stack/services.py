@@ -129,33 +129,33 @@ def _postgres_bin() -> Path:
 def postgres_user(context: Context) -> RunAs | None:
     """Return the user to run PostgreSQL as: the caller, or, for root, an unprivileged one.
 
-    Where folders on the way are closed to that user (an environment or a home below ``/root``), it keeps the one
-    capability that passes them. Raises :class:`StackError` where even that is not possible.
+    Where folders on the way are closed to that user (an environment or a home below ``/root``), the ways of
+    ``_launch.py`` around them are tried with PostgreSQL's own check of its installation. Raises :class:`StackError`
+    where none works.
     """
     if os.geteuid() != 0:
         return None
-    user = unprivileged_user()
-    binaries = _postgres_bin()
-    data = context.data("postgres")
-    os.chown(data, user.pw_uid, user.pw_gid)
-    data.chmod(0o700)
+    binaries, data = _postgres_bin(), context.data("postgres")
+    user, mapped = unprivileged_user(), unprivileged_user(("daemon", "postgres", "nobody"))
     reasons = []
-    for keep_access in (False, True):
-        run_as = RunAs(user.pw_uid, user.pw_gid, keep_access)
-        marker = data / ".reachable"
-        script = 'test -r "$1" && "$2" --version >/dev/null && : > "$3" && rm "$3"'
-        share = binaries.parent / "share" / "postgres.bki"
-        share = share if share.exists() else binaries.parent / "share" / "postgresql" / "postgres.bki"
-        command = ["/bin/sh", "-c", script, "sh", str(share), str(binaries / "initdb"), str(marker)]
+    for run_as in (
+        RunAs(user.pw_uid, user.pw_gid),
+        RunAs(user.pw_uid, user.pw_gid, "capability"),
+        RunAs(mapped.pw_uid, mapped.pw_gid, "namespace"),
+    ):
+        data.chmod(0o700)
+        os.chown(data, *run_as.owner)
+        script = '"$1" --show -D "$2" >/dev/null 2>&1 || exec "$1" --show -D "$2"; : > "$2" && rm "$2"'
+        command = ["/bin/sh", "-c", script, "sh", str(binaries / "initdb"), str(data / ".reachable")]
         answer = subprocess.run(
             launch_command(command, run_as, die_with_parent=False), capture_output=True, text=True, timeout=30, cwd="/"
         )
         if answer.returncode == 0:
             return run_as
-        reasons.append(answer.stderr.strip() or "folders closed to that user")
+        reasons.append(f"{run_as.mode}: {' '.join(answer.stderr.split())[:200] or 'folders closed to that user'}")
     raise StackError(
         f"PostgreSQL refuses to run as root, and the user {user.pw_name} cannot reach {binaries} or {data} "
-        f"({'; '.join(dict.fromkeys(reasons))})",
+        f"({'; '.join(reasons)})",
         "Start the stack as an ordinary user, or move the checkout and CLINICAL_HOME to folders that other users may "
         "enter.",
     )
@@ -173,7 +173,7 @@ def _prepare_postgres(context: Context) -> None:
         write_private(password_file, context.settings.secrets().postgres_password.get_secret_value())
         try:
             if run_as:
-                os.chown(password_file, run_as.uid, run_as.gid)
+                os.chown(password_file, *run_as.owner)
             command = [
                 str(_postgres_bin() / "initdb"),
                 *("-D", str(cluster), "-U", "clinical", "-A", "scram-sha-256", "--pwfile", str(password_file)),
@@ -198,11 +198,11 @@ def _prepare_postgres(context: Context) -> None:
             )
     else:
         _remove_stale_pid_file(cluster / "postmaster.pid")
-        if run_as and cluster.stat().st_uid != run_as.uid:  # started by another user before
+        if run_as and cluster.stat().st_uid != run_as.owner[0]:  # started as another user before
             for folder, _, files in os.walk(cluster):
-                os.chown(folder, run_as.uid, run_as.gid)
+                os.chown(folder, *run_as.owner)
                 for name in files:
-                    os.chown(os.path.join(folder, name), run_as.uid, run_as.gid)
+                    os.chown(os.path.join(folder, name), *run_as.owner)
 
 
 def _remove_stale_pid_file(path: Path) -> None:
