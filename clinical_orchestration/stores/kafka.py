@@ -516,30 +516,37 @@ class ConfluentProducer:
         linger: float = 0.002,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        from confluent_kafka import Producer as Client
-
-        self._servers = bootstrap_servers
         self._delivery_timeout = delivery_timeout
-        self._client = Client(
-            {
-                "bootstrap.servers": bootstrap_servers,
-                "acks": "all",
-                "enable.idempotence": True,
-                "linger.ms": linger * 1000,
-                "delivery.timeout.ms": int(delivery_timeout * 1000),
-                "queue.buffering.max.messages": 200_000,
-                # the one codec that every client reads without another library, kafka-python included
-                "compression.type": "gzip",
-                "compression.level": 1,
-                "partitioner": "murmur2_random",  # the Java client's choice: one key, one partition, whoever writes
-                "error_cb": _ignore_event,
-                **(options or {}),
-            },
-            logger=_silent_logger(),
-        )
+        self._config = {
+            "bootstrap.servers": bootstrap_servers,
+            "acks": "all",
+            "enable.idempotence": True,
+            "linger.ms": linger * 1000,
+            "delivery.timeout.ms": int(delivery_timeout * 1000),
+            "queue.buffering.max.messages": 200_000,
+            # the one codec that every client reads without another library, kafka-python included
+            "compression.type": "gzip",
+            "compression.level": 1,
+            "partitioner": "murmur2_random",  # the Java client's choice: one key, one partition, whoever writes
+            "error_cb": _ignore_event,
+            **(options or {}),
+        }
+        self._client = self._connect()
         self._closed = threading.Event()
         self._poller: threading.Thread | None = None
         self._lock = threading.Lock()
+
+    def _connect(self) -> Any:
+        from confluent_kafka import Producer as Client
+
+        return Client(self._config, logger=_silent_logger())
+
+    def _renew(self, broken: Any) -> None:
+        """Replace a client that librdkafka declared dead, such as one whose log was truncated under it."""
+        with self._lock:
+            if self._client is broken:
+                broken.flush(1)  # its queued records report their failure
+                self._client = self._connect()
 
     def _start_poller(self) -> None:
         """One thread serves the delivery reports of all senders; started by the first send, after any fork."""
@@ -557,10 +564,11 @@ class ConfluentProducer:
 
         The wait is bounded by `timeout` (seconds) or, without it, by the delivery timeout.
         """
-        from confluent_kafka import KafkaException
+        from confluent_kafka import KafkaError, KafkaException
 
         if not records:
             return []
+        renewed = False
         self._start_poller()
         limit = timeout if timeout is not None else self._delivery_timeout + 2
         deadline = time.monotonic() + limit
@@ -570,8 +578,9 @@ class ConfluentProducer:
             # without a timestamp librdkafka takes the time of production
             stamp = {} if record.timestamp_ms is None else {"timestamp": record.timestamp_ms}
             while True:
+                client = self._client
                 try:
-                    self._client.produce(
+                    client.produce(
                         record.topic,
                         value=record.value,
                         key=record.key,
@@ -583,8 +592,12 @@ class ConfluentProducer:
                     if time.monotonic() > deadline:
                         collector.fail(index, "the local queue stayed full")
                         break
-                    self._client.poll(0.05)
+                    client.poll(0.05)
                 except KafkaException as error:
+                    if error.args[0].code() == KafkaError._FATAL and not renewed:
+                        renewed = True
+                        self._renew(client)
+                        continue
                     collector.fail(index, error.args[0].str())
                     break
                 else:

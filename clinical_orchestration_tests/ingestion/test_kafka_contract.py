@@ -190,6 +190,29 @@ def test_old_timestamps_survive_in_a_topic_that_keeps_forever(kafka_env: dict[st
     admin.delete_topics([topic])
 
 
+@pytest.mark.integration
+def test_a_client_that_broke_for_good_is_replaced(kafka_env: dict[str, str]) -> None:
+    from confluent_kafka import KafkaError, KafkaException
+
+    class Broken:
+        def produce(self, *_: Any, **__: Any) -> None:
+            raise KafkaException(KafkaError(KafkaError._FATAL, "out of order sequence"))
+
+        def poll(self, _: float) -> None: ...
+
+        def flush(self, _: float) -> None: ...
+
+    servers = kafka_env["KAFKA_BOOTSTRAP_SERVERS"]
+    topic = f"fatal-{uuid.uuid4().hex[:8]}"
+    admin = ConfluentTopicAdmin(servers)
+    admin.ensure_topics([topic])
+    producer = ConfluentProducer(servers)
+    producer._client = Broken()
+    assert len(producer.send([Record(topic, b"a"), Record(topic, b"b")])) == 2
+    producer.close()
+    admin.delete_topics([topic])
+
+
 def test_without_a_broker_the_error_says_where_and_what_to_do() -> None:
     servers = "127.0.0.1:1"
     reader = ConfluentTopicReader(servers, timeout=0.5)
