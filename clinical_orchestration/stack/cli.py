@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 PIPELINE = "clinical_data_pipeline"
 LOG_LINES = 40
 FOLLOW_SECONDS = 0.5
+_MORE_OF_THE_STACK = {
+    "AWS_ALLOW_HTTP", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL", "DAGSTER_HOME", "CLINICAL_DAGSTER_STORAGE",
+    "CLINICAL_CHECKOUT", "CLINICAL_HOME",
+}  # fmt: skip
+"""What ``--env`` exports besides the names of ClientSettings."""
 
 _EPILOG = """\
 examples:
@@ -438,10 +443,10 @@ class Commands:
         return 0 if complete else 1
 
     def _do_test(self) -> int:
-        from clinical_orchestration.stack.settings import StackSettings
+        from clinical_orchestration.settings import ClientSettings
 
         # the tests start services of their own; nothing may lead them to this stack
-        ours = {*StackSettings.load().environment(), "CLINICAL_CHECKOUT"}
+        ours = {str(field.alias) for field in ClientSettings.model_fields.values()} | _MORE_OF_THE_STACK
         environment = {name: value for name, value in os.environ.items() if name not in ours}
         arguments = self._options.pytest_arguments or ["-m", "not slow"]
         process = subprocess.Popen([sys.executable, "-m", "pytest", *arguments], cwd=checkout(), env=environment)

@@ -243,7 +243,9 @@ def test_an_unknown_trial_is_refused_with_those_there_are(run: Run) -> None:
     assert "cdisc-pilot" in err
 
 
-def test_tests_run_in_the_checkout_with_the_fast_suite_by_default(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tests_run_in_the_checkout_with_the_fast_suite_by_default(
+    run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[list[str], dict[str, str]]] = []
 
     class FakeProcess:
@@ -255,12 +257,15 @@ def test_tests_run_in_the_checkout_with_the_fast_suite_by_default(run: Run, monk
             return 5
 
     monkeypatch.setattr(cli.subprocess, "Popen", FakeProcess)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://the-real-stack:9000")
+    for name in StackSettings.load().environment():
+        monkeypatch.setenv(name, "of the real stack")
+    monkeypatch.setenv("CLINICAL_HOME", str(home))
     assert run("--test")[0] == 5
     assert run("--test", "-k", "x")[0] == 5
     assert seen[0][0][1:] == ["-m", "pytest", "-m", "not slow"]
     assert seen[1][0][1:] == ["-m", "pytest", "-k", "x"]
-    assert "AWS_ENDPOINT_URL" not in seen[0][1]
+    exported = {line.removeprefix("export ").partition("=")[0] for line in run("--env")[1].splitlines()}
+    assert set(seen[0][1]) & (exported - {"PATH"}) == set()
 
 
 # -------------------------------------------------------------------------------------------------------- information
