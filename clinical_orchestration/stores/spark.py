@@ -301,6 +301,7 @@ def _answers(session: SparkSession) -> bool:
     from pyspark.errors import PySparkException
 
     try:
-        return bool(session.version)
-    except PySparkException:  # the server was restarted: it does not know this session
+        # needs the session, unlike its version; the server does not know it where it was restarted
+        return bool(session.conf.get("spark.sql.session.timeZone") == "UTC")
+    except PySparkException:
         return False
