@@ -298,7 +298,9 @@ class _Listener:
 
 def _ask(settings: StackSettings, action: str, level: int) -> int:
     number = time.time_ns()
-    request = {"id": number, "action": action, "level": level}
+    # a supervisor that runs was started with the settings of that time; these two may have been the cure since
+    download = {"jars": str(settings.jars), "maven_url": settings.maven_url}
+    request = {"id": number, "action": action, "level": level, **download}
     write_private(paths.request_file(settings.home), json.dumps(request))
     return number
 

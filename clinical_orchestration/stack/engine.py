@@ -214,7 +214,9 @@ class Engine:
         current = self.settings.environment()
         for unit in self.units.values():
             before = unit.spawned_environment
-            if unit.running and before is not None and any(before.get(name) != current[name] for name in JAR_VARIABLES):
+            if not unit.running or before is None or not unit.spec.needs_jars:
+                continue
+            if any(before.get(name) != current[name] for name in JAR_VARIABLES):
                 unit.request_restart()
 
     # -- started processes, for the clean-up after a crash
@@ -261,7 +263,10 @@ class Unit:
     def start(self) -> None:
         """Begin to supervise; a running one is left alone, a failed one tries again at once."""
         if self.running and not self._stop.is_set():
-            self._wake.set()
+            if self.status.state is State.NOT_INSTALLED:
+                self.status.error = self.status.cure = None
+                self._show(State.STARTING)
+                self._wake.set()
             return
         self.join()
         self._stop.clear()
@@ -305,9 +310,10 @@ class Unit:
                     self._wake.wait()
                     continue
                 began = time.monotonic()
+                asked = False
                 try:
                     self._serve()
-                    failures = 0
+                    failures, asked = 0, True
                 except Exception as error:  # whatever a probe or a preparation raises is this service's error
                     self._failed(error)
                     if time.monotonic() - began > STEADY_SECONDS and not isinstance(error, _NotReadyError):
@@ -322,7 +328,7 @@ class Unit:
                         self._set_hopeless()
                     self._wake.clear()
                     self._wake.wait(BACK_OFF[min(failures, len(BACK_OFF)) - 1])
-                self.status.restarts += 1
+                self.status.restarts += 0 if asked else 1
         finally:
             self._end_process()
             self._show(State.STOPPED)

@@ -206,16 +206,25 @@ def _prepare_postgres(context: Context) -> None:
 
 
 def _remove_stale_pid_file(path: Path) -> None:
-    """Remove the lock of a killed server when its pid now belongs to another program, which happens in containers."""
+    """Remove the lock of a killed server when its pid now belongs to another program, which happens in containers.
+
+    PostgreSQL deals itself with a pid that nobody has, and with server processes that still use the data.
+    """
     import psutil
 
     try:
         pid = int(path.read_text().splitlines()[0])
     except (OSError, ValueError, IndexError):
         return
-    with contextlib.suppress(psutil.Error):
+    try:
         if psutil.Process(pid).name().startswith("postgres"):
             return
+    except psutil.Error:
+        return
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.name().startswith("postgres") and process.cwd() == str(path.parent):
+                return  # a process of the killed server is still at work: the lock must hold
     path.unlink(missing_ok=True)
 
 

@@ -133,6 +133,8 @@ class Supervisor:
     def _handle(self, request: dict[str, Any]) -> None:
         action, level = request["action"], int(request.get("level", MAX_LEVEL))
         if action == "start":
+            self.settings.jars = Path(request.get("jars") or self.settings.jars)
+            self.settings.maven_url = str(request.get("maven_url") or self.settings.maven_url)
             if any(unit.spec.level <= level and not unit.status.ok for unit in self.engine.units.values()):
                 self._began, self._start_seconds = time.monotonic(), None
             self.level = max(self.level, level)
