@@ -767,7 +767,7 @@ def _check_trial(name: str) -> None:
 
 
 def _find_room_for_jars() -> None:
-    """Keep the jars in the stack's folder where the user has no folder of caches (an account without a home)."""
+    """Keep the jars with the environment where the user has no folder of caches (an account without a home)."""
     from clinical_orchestration.stack.settings import default_home, default_jars
 
     if os.environ.get("CLINICAL_JARS"):
@@ -776,7 +776,8 @@ def _find_room_for_jars() -> None:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if not os.access(folder, os.W_OK | os.X_OK):
-        os.environ["CLINICAL_JARS"] = str(default_home() / "jars")
+        place = Path(sys.prefix) if os.access(sys.prefix, os.W_OK) else default_home()
+        os.environ["CLINICAL_JARS"] = str(place / "jars")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
