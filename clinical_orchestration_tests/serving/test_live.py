@@ -167,28 +167,27 @@ def test_sigkill_loses_and_doubles_no_answered_prediction(
     registry.set_champion(PROFILE.model_name, versions[0])
     answered: list[str] = []
     before = {row["prediction_id"] for row in logged(settings)}
-    for _ in range(2):
-        with live_server(tmp_path, environment) as server:
-            server.until_version(versions[0], PROFILE.name)
-            stop = threading.Event()
+    with live_server(tmp_path, environment) as server:
+        server.until_version(versions[0], PROFILE.name)
+        stop = threading.Event()
 
-            def ask(url: str = server.url, stop: threading.Event = stop) -> None:
-                with httpx.Client(base_url=url, timeout=10) as client:
-                    while not stop.is_set():
-                        try:
-                            answer = client.post("/predict", json={"instances": [{"features": {"age_years": 50}}] * 3})
-                        except httpx.TransportError:
-                            return  # killed before it answered
-                        answered.extend(item["prediction_id"] for item in answer.json()["predictions"])
+        def ask(url: str = server.url, stop: threading.Event = stop) -> None:
+            with httpx.Client(base_url=url, timeout=10) as client:
+                while not stop.is_set():
+                    try:
+                        answer = client.post("/predict", json={"instances": [{"features": {"age_years": 50}}] * 3})
+                    except httpx.TransportError:
+                        return  # killed before it answered
+                    answered.extend(item["prediction_id"] for item in answer.json()["predictions"])
 
-            threads = [threading.Thread(target=ask, daemon=True) for _ in range(2)]
-            for thread in threads:
-                thread.start()
-            time.sleep(2.2)  # long enough that some rows are in the table and some are not
-            server.kill()
-            stop.set()
-            for thread in threads:
-                thread.join(10)
+        threads = [threading.Thread(target=ask, daemon=True) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        time.sleep(2.2)  # long enough that some rows are in the table and some are not
+        server.kill()
+        stop.set()
+        for thread in threads:
+            thread.join(10)
     assert len(answered) > 50
     log = PredictionLog(  # what the next start does first
         tmp_path / "serving" / "predictions", lambda: PredictionTable(DeltaTableStore.from_settings(settings))
@@ -199,8 +198,8 @@ def test_sigkill_loses_and_doubles_no_answered_prediction(
     found = [row["prediction_id"] for row in logged(settings)]
     assert len(found) == len(set(found))
     assert set(answered) <= set(found) - before
-    # rows whose answer the kill cut off may be there too, at most one request a connection and kill
-    assert len(set(found) - before - set(answered)) <= 12
+    # rows whose answer the kill cut off may be there too, at most one request of each connection
+    assert len(set(found) - before - set(answered)) <= 6
 
 
 def test_with_everything_out_it_starts_and_says_what_to_do(tmp_path: Path) -> None:
