@@ -35,7 +35,7 @@ SUPERVISOR_SECONDS = 30.0
 START_SECONDS = 420.0
 STOP_SECONDS = 120.0
 STALE_SECONDS = 10.0
-NEEDED_MB = 300
+NEEDED_MB = 1000
 
 
 def start(settings: StackSettings, level: int, on_event: OnEvent | None) -> StackStatus:

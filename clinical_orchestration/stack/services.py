@@ -97,7 +97,7 @@ def base_environment(settings: StackSettings) -> dict[str, str]:
     environment.pop("VIRTUAL_ENV", None)
     environment["PATH"] = os.pathsep.join([scripts_folder(), os.environ.get("PATH", os.defpath)])
     environment["PYTHONUNBUFFERED"] = "1"
-    environment["PYTHONPATH"] = str(checkout())
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(checkout()), os.environ.get("PYTHONPATH", "")]))
     environment["TMPDIR"] = str(settings.home / "tmp")
     environment["TZ"] = "UTC"
     environment.setdefault("LC_ALL", "C.UTF-8")
@@ -645,13 +645,11 @@ def _spark_environment(context: Context) -> dict[str, str]:
         "SPARK_LOCAL_IP": LOOPBACK,
         "SPARK_REMOTE": "",
         # Python workers find the package that they run functions of
-        "PYTHONPATH": os.pathsep.join([str(checkout()), *_pyspark_sources(home)]),
+        "PYTHONPATH": os.pathsep.join(
+            # workers are started as `python -m pyspark.daemon`, which this environment's own pyspark must answer
+            filter(None, [str(checkout()), str(Path(home).parent) if home else "", os.environ.get("PYTHONPATH", "")])
+        ),
     }
-
-
-def _pyspark_sources(home: str) -> list[str]:
-    # the worker is started as `python -m pyspark.daemon`, which the environment's own pyspark answers
-    return [str(Path(home).parent)] if home else []
 
 
 # ------------------------------------------------------------------------------------------------------- feature store

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from pathlib import Path
@@ -168,3 +169,22 @@ def test_root_passes_closed_folders_to_the_other_user(tmp_path: Path) -> None:
         assert (cluster / "PG_VERSION").stat().st_uid == found.owner[0]
     else:
         assert "as an ordinary user" in found
+
+
+def test_s3_data_outlives_a_restart_on_other_ports(tmp_path: Path) -> None:
+    from minio import Minio
+
+    from clinical_orchestration.stack.testing import embedded
+
+    def client(environment: Environment) -> Minio:
+        host = environment["AWS_ENDPOINT_URL"].removeprefix("http://")
+        return Minio(host, environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"], secure=False)
+
+    content = os.urandom(3_000_000)
+    with embedded(tmp_path / "home", "s3") as first:
+        client(first).put_object("clinical-mlops", "kept/file", io.BytesIO(content), len(content))
+    with embedded(tmp_path / "home", "s3") as second:
+        assert second["AWS_ENDPOINT_URL"] != first["AWS_ENDPOINT_URL"]
+        assert client(second).get_object("clinical-mlops", "kept/file").data == content
+        client(second).put_object("clinical-mlops", "kept/other", io.BytesIO(b"x"), 1)
+        assert len(list(client(second).list_objects("clinical-mlops", "kept/"))) == 2
