@@ -255,12 +255,12 @@ class PredictionLog:
                 self._write_error = None
             except Exception as error:
                 failures_in_a_row += 1
-                self._write_failures += 1
                 text = f"gold/predictions cannot be written: {type(error).__name__}"
                 if self._write_error != text:
                     # the text of a driver's error may show rows or addresses with credentials
                     _logger.warning("%s; predictions stay in the spool and are written later", text)
                 self._write_error = text
+                self._write_failures += 1
             finally:
                 self._writing_since = None
             self._idle.set()
