@@ -23,6 +23,7 @@ from clinical_orchestration.tables import DOMAINS, DUPLICATES, QUARANTINE, bronz
 from clinical_orchestration.trials import load_trial
 
 pytestmark = pytest.mark.integration
+PATIENCE = 900  # seconds, for a machine that does much else
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -72,6 +73,13 @@ def deployment(kafka_env: dict[str, str], spark_env: dict[str, str]) -> Iterator
     admin.delete_topics(topics.values())
 
 
+@pytest.fixture
+def asked_for(request: pytest.FixtureRequest) -> None:
+    """Skip unless slow tests were asked for by name of their mark."""
+    if "slow" not in (request.config.getoption("markexpr") or "").replace("not slow", ""):
+        pytest.skip("slow: run with -m slow")
+
+
 def kill_after_commits(deployment: Deployment, batch_rows: int, commits: int, delay: float) -> None:
     """Kill the process a moment after it told of so many commits, while it still reads topics."""
     with deployment.start(batch_rows) as process:
@@ -90,20 +98,22 @@ def kill_after_commits(deployment: Deployment, batch_rows: int, commits: int, de
 def kill_when(deployment: Deployment, batch_rows: int, condition: Callable[[], bool], delay: float) -> None:
     """Kill the process a moment after the tables are in a state, while it still refines."""
     with deployment.start(batch_rows) as process:
-        deadline = time.monotonic() + 240
-        while not condition():
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while not condition():
+                assert process.poll() is None, "it ended before it could be killed"
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            time.sleep(delay)
+        finally:
+            process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
     deployment.kills.append("refine")
 
 
 def finish(deployment: Deployment, batch_rows: int) -> None:
     with deployment.start(batch_rows) as process:
-        output = process.communicate(timeout=400)[0]
+        output = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, output
 
 
@@ -125,14 +135,12 @@ def run_and_account(deployment: Deployment, messages: int, batch_rows: int, seed
         kill_after_commits(deployment, batch_rows, moments.randint(1, 4), moments.uniform(0, 0.2))
 
     def a_destination_is_written() -> bool:
-        return any(
-            store.transaction_version(name, bronze(domain)) is not None
-            for domain in DOMAINS
-            for name in (QUARANTINE, DUPLICATES, silver(domain))
-        )
+        return (store.version(QUARANTINE) or 0) > 0  # version 0 is the empty table
 
     kill_when(deployment, batch_rows, a_destination_is_written, moments.uniform(0, 0.3))
+    started = time.monotonic()
     finish(deployment, batch_rows)
+    sys.stdout.write(f"\nlast run: {time.monotonic() - started:.1f} s\n")
 
     # the truth by position: the header tells which simulated message it is
     reader = ConfluentTopicReader(deployment.servers)
@@ -184,7 +192,8 @@ def test_messages_are_accounted_for_exactly_when_the_process_is_killed_three_tim
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
+@pytest.mark.usefixtures("asked_for")
 def test_a_hundred_thousand_messages_are_accounted_for_exactly(deployment: Deployment) -> None:
     counts = run_and_account(deployment, messages=100_000, batch_rows=5_000, seed=20250101)
     assert deployment.kills == ["ingest", "ingest", "refine"]
