@@ -259,6 +259,7 @@ def evaluate_model(
             ("auroc", evaluation.auroc),
             ("auprc", evaluation.auprc),
             ("brier", evaluation.brier),
+            ("ece", evaluation.ece),
         )
         if estimate.value is not None
     }
@@ -269,16 +270,14 @@ def evaluate_model(
             "run_id": run_id,
             "experiment_id": experiment_id,
             "candidate": trained["candidate"],
-            "ece": evaluation.ece,
             **figures,
             "intervals": {
                 name: [getattr(evaluation, name).lower, getattr(evaluation, name).upper]
-                for name in ("auroc", "auprc", "brier")
+                for name in ("auroc", "auprc", "brier", "ece")
             },
         },
         {
             **figures,
-            "expected_calibration_error": evaluation.ece,
             "metrics": dg.MetadataValue.md(plots.evaluation_table(evaluation)),
             "groups": dg.MetadataValue.md(plots.groups_table(evaluation)),
             **{name.removesuffix(".png"): dg.MetadataValue.url(f"{url}/artifacts/plots/{name}") for name in PLOTS},
