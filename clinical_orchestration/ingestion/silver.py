@@ -7,7 +7,8 @@ quarantined as ``conflicting_record`` where it is not. Records already in silver
 Progress is the bronze version, recorded with the rows of each destination as the Delta app transaction
 ``bronze/<domain>``. Silver is written last, so its progress is that of the whole; a run that was killed before is
 repeated from there, and destinations it had reached skip what they have. Which record is the accepted one does not
-change by repeating. Give each deployment one running :func:`refine` at a time.
+change by repeating, and the end of an increment is recorded (``bronze/<domain>:planned``) before anything is
+written, so that a repeated write is the same transaction even where a Spark server still works on the first one.
 
 The decoder runs in Python workers on Spark's executors: on a cluster they need this package (the same version) and
 its dependencies ``pyarrow`` and ``pydantic`` installed.
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from clinical_orchestration.stores.spark import SparkTables
@@ -167,7 +169,7 @@ def refine(
     started = time.monotonic()
     for name in (QUARANTINE, DUPLICATES, *(silver(domain) for domain in domains)):
         tables.ensure(name)
-    pending = {domain: _increment(tables, spark_tables, domain) for domain in domains}
+    pending = {domain: _increment(tables, domain, tables.version(bronze(domain))) for domain in domains}
     for found in pending.values():
         _skip_what_brings_nothing(tables, found)
     reports = {
@@ -175,11 +177,12 @@ def refine(
         for domain, found in pending.items()
         if not found.new
     }
-    # the largest first, so that the smaller ones fill the gaps; writers to one table never wait for each other
+    # the largest first, so that the smaller ones fill the gaps
     order = sorted((found for found in pending.values() if found.new), key=lambda found: -found.rows)
     if order:
+        run = _Run(spark_tables, tables, profiles, now, Lock())
         with ThreadPoolExecutor(max_workers=PARALLEL_DOMAINS, thread_name_prefix="refine") as pool:
-            work = [pool.submit(_refine_domain, spark_tables, tables, profiles, found, now) for found in order]
+            work = [pool.submit(_refine_domain, run, found) for found in order]
             reports |= {future.result().domain: future.result() for future in work}
     report = RefineReport({domain: reports[domain] for domain in domains}, time.monotonic() - started)
     _log.info(
@@ -191,31 +194,67 @@ def refine(
 
 
 @dataclass(frozen=True)
+class _Run:
+    """What the domains of one :func:`refine` share; `shared` guards the tables that all of them append to."""
+
+    spark_tables: SparkTables
+    tables: TableStore
+    profiles: Mapping[str, TrialProfile]
+    now: datetime
+    shared: Lock
+
+
+@dataclass(frozen=True)
 class _Increment:
-    """The bronze versions (after, until] of a domain; `rows` by the commits' own metrics, 0 where unknown."""
+    """The bronze versions (after, until] of a domain, of those up to `newest`.
+
+    `rows` by the commits' own metrics, 0 where unknown. `planned` is what was recorded when an increment was begun
+    last: that one is finished, with the same versions, before another one begins.
+    """
 
     domain: str
     after: int | None
     until: int | None
+    newest: int | None
     new: bool
     rows: int
     complete_log: bool
+    planned: int | None
 
 
-def _increment(tables: TableStore, spark_tables: SparkTables, domain: str) -> _Increment:
-    until = tables.version(bronze(domain))
-    after = spark_tables.transaction_version(silver(domain), bronze(domain))
+def _increment(tables: TableStore, domain: str, newest: int | None) -> _Increment:
+    after = tables.transaction_version(silver(domain), bronze(domain))
+    planned = tables.transaction_version(silver(domain), _plan(domain))
     start = -1 if after is None else after
-    if until is None or until <= start:
-        return _Increment(domain, after, until, False, 0, True)
-    commits = tables.history(bronze(domain), until - start)
+    if newest is None or newest <= start:
+        return _Increment(domain, after, newest, newest, False, 0, True, planned)
+    until = planned if planned is not None and start < planned < newest else newest
+    commits = tables.history(bronze(domain), (tables.version(bronze(domain)) or newest) - start)
+    commits = [commit for commit in commits if int(commit["version"]) <= until]
     writes = [commit for commit in commits if commit.get("operation") == "WRITE"]
     added = [(commit.get("operationMetrics") or {}).get("num_added_rows") for commit in writes]
     complete = bool(commits) and min(int(commit["version"]) for commit in commits) <= start + 1
     # compaction, and commits that only move offsets, bring nothing
     nothing = complete and all(count is not None and int(count) == 0 for count in added)
     rows = sum(int(count) for count in added if count is not None)
-    return _Increment(domain, after, until, not nothing, rows, complete)
+    return _Increment(domain, after, until, newest, not nothing, rows, complete, planned)
+
+
+def _plan(domain: str) -> str:
+    """Return the app id, in silver, of the bronze version up to which an increment was begun."""
+    return f"{bronze(domain)}:planned"
+
+
+def _begin(tables: TableStore, found: _Increment) -> None:
+    """Record the increment's end before anything is written.
+
+    A Spark server finishes the write of a client that was killed. With the same end, the same write of the next run
+    is the same transaction, and only one of the two is committed.
+    """
+    if found.planned != found.until and found.until is not None:
+        empty = arrow_schema(SILVER_COLUMNS[found.domain]).empty_table()
+        app_id = _plan(found.domain)
+        tables.append(silver(found.domain), empty, transactions={app_id: found.until}, expected={app_id: found.planned})
 
 
 def _skip_what_brings_nothing(tables: TableStore, found: _Increment) -> None:
@@ -226,26 +265,44 @@ def _skip_what_brings_nothing(tables: TableStore, found: _Increment) -> None:
         tables.append(name, empty, transactions={app_id: found.until}, expected={app_id: found.after})
 
 
-def _refine_domain(
-    spark_tables: SparkTables,
-    tables: TableStore,
-    profiles: Mapping[str, TrialProfile],
-    found: _Increment,
-    now: datetime,
-) -> DomainReport:
+def _refine_domain(run: _Run, found: _Increment) -> DomainReport:
+    """Refine one domain up to its newest version: first the increment that a killed run left, then the rest."""
+    report = _refine_increment(run, found)
+    while report.to_version != found.newest:
+        following = _increment(run.tables, found.domain, found.newest)
+        if not following.new:
+            _skip_what_brings_nothing(run.tables, following)
+            break
+        report = _together(report, _refine_increment(run, following))
+    return report
+
+
+def _together(first: DomainReport, second: DomainReport) -> DomainReport:
+    counts = ("received", "accepted", "rows", "duplicates", "quarantined", "known")
+    rules = {*first.reasons, *second.reasons}
+    reasons = {rule: first.reasons.get(rule, 0) + second.reasons.get(rule, 0) for rule in rules}
+    return replace(
+        first,
+        **{count: getattr(first, count) + getattr(second, count) for count in counts},
+        reasons=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+        to_version=second.to_version,
+        seconds=round(first.seconds + second.seconds, 3),
+    )
+
+
+def _refine_increment(run: _Run, found: _Increment) -> DomainReport:
+    _begin(run.tables, found)
     if found.complete_log:
+        after, until = -1 if found.after is None else found.after, found.until or 0
         try:
-            return _refine_rows(spark_tables, tables, profiles, found, now, _appended(spark_tables, found))
+            return _refine_rows(run, found, lambda: run.spark_tables.read_appended(bronze(found.domain), after, until))
         except Exception as error:
             if not any(text in str(error) for text in _INCREMENT_LOST):
                 raise
             _log.warning("%s: versions after %s cannot be read any more", bronze(found.domain), found.after)
-    return _refine_rows(spark_tables, tables, profiles, found, now, _unaccounted(spark_tables, found))
-
-
-def _appended(spark_tables: SparkTables, found: _Increment) -> Callable[[], DataFrame]:
-    after, until = -1 if found.after is None else found.after, found.until or 0
-    return lambda: spark_tables.read_appended(bronze(found.domain), after, until)
+    whole = replace(found, until=found.newest, planned=found.until)
+    _begin(run.tables, whole)
+    return _refine_rows(run, whole, _unaccounted(run.spark_tables, whole))
 
 
 def _unaccounted(spark_tables: SparkTables, found: _Increment) -> Callable[[], DataFrame]:
@@ -267,23 +324,17 @@ def _unaccounted(spark_tables: SparkTables, found: _Increment) -> Callable[[], D
     return read
 
 
-def _refine_rows(
-    spark_tables: SparkTables,
-    tables: TableStore,
-    profiles: Mapping[str, TrialProfile],
-    found: _Increment,
-    now: datetime,
-    read: Callable[[], DataFrame],
-) -> DomainReport:
+def _refine_rows(run: _Run, found: _Increment, read: Callable[[], DataFrame]) -> DomainReport:
     from pyspark.sql import functions as F  # noqa: N812
 
     started = time.monotonic()
+    spark_tables, tables = run.spark_tables, run.tables
     domain, app_id, until = found.domain, bronze(found.domain), found.until or 0
     records = read().select(*BRONZE_COLUMNS, COMMIT_VERSION)
     tasks = -(-found.rows // ROWS_PER_PARTITION)
     # a bronze file is one task otherwise
     spread = records.repartition(min(tasks, MAX_PARTITIONS)) if tasks > 1 else records
-    decoded = spread.mapInArrow(_decoder(domain, profiles), spark_ddl(_decoded_columns(domain))).persist()
+    decoded = spread.mapInArrow(_decoder(domain, run.profiles), spark_ddl(_decoded_columns(domain))).persist()
     before = spark_tables.read(silver(domain)) if tables.row_count(silver(domain)) else None
     repeats = _repeats(decoded, before).persist()
     try:
@@ -295,7 +346,7 @@ def _refine_rows(
             reached = left[name]
             return rows if reached is None else rows.where(F.col(COMMIT_VERSION) > reached)
 
-        time_now = F.lit(now).cast("timestamp")
+        time_now = F.lit(run.now).cast("timestamp")
         if report.quarantined:
             rejected = unwritten(decoded.where("reasons IS NOT NULL"), QUARANTINE).select(
                 *_QUARANTINED_FROM_RECORD, "reasons"
@@ -306,12 +357,14 @@ def _refine_rows(
                 rejected = rejected.unionByName(conflicts.select(*_QUARANTINED_FROM_RECORD, "reasons"))
             rejected = rejected.withColumn("table", F.lit(domain)).withColumn("quarantined_at", time_now)
             rejected = rejected.select(*QUARANTINE_COLUMNS).coalesce(_files(report.quarantined))
-            spark_tables.append(QUARANTINE, rejected, app_id=app_id, app_version=until, rows=report.quarantined)
+            with run.shared:
+                spark_tables.append(QUARANTINE, rejected, app_id=app_id, app_version=until, rows=report.quarantined)
         if report.duplicates:
             same = unwritten(repeats.where("_outcome = 'duplicate'"), DUPLICATES)
             same = same.withColumn("table", F.lit(domain)).withColumn("detected_at", time_now)
             same = same.select(*DUPLICATES_COLUMNS).coalesce(_files(report.duplicates))
-            spark_tables.append(DUPLICATES, same, app_id=app_id, app_version=until, rows=report.duplicates)
+            with run.shared:
+                spark_tables.append(DUPLICATES, same, app_id=app_id, app_version=until, rows=report.duplicates)
         accepted = decoded.where("reasons IS NULL")
         if report.received > report.accepted + report.quarantined or report.reasons.get(CONFLICT_RULE):
             accepted = accepted.join(repeats.select(*_IDENTITY), _IDENTITY, "left_anti")
