@@ -8,7 +8,7 @@ import dagster as dg
 from clinical_orchestration.defs.common import RETRY, asset_key, spec
 from clinical_orchestration.defs.results import materialized
 from clinical_orchestration.resources import PipelineResource
-from clinical_orchestration.stores.feature_store import OfflineStore, load_newest, verify
+from clinical_orchestration.stores.feature_store import OfflineStore, compare
 from clinical_orchestration.stores.online import OnlineStore
 from clinical_orchestration.stores.spark import SparkTables
 from clinical_orchestration.stores.tables import TableStore
@@ -31,9 +31,8 @@ EQUAL = dg.AssetCheckSpec(
     "online_equals_offline",
     asset=asset_key(ONLINE_FEATURES),
     blocking=True,
-    description="The online features of a sample of patients equal the newest offline row, value by value.",
+    description="The online features of every patient equal the newest offline row, value by value.",
 )
-SAMPLE = 200
 
 
 @dg.multi_asset(
@@ -114,8 +113,9 @@ def extract_features(
             ),
         ],
     )  # fmt: skip
-    loaded = load_newest(offline, online, profile)
-    compared = verify(offline, online, profile, sample=SAMPLE)
+    newest = offline.newest(profile)
+    loaded = online.put(newest)
+    compared = compare(newest, online)
     yield materialized(
         asset_key(ONLINE_FEATURES),
         profile.name,
