@@ -347,16 +347,17 @@ class DeltaTableStore:
         def attempt() -> int | None:
             nonlocal first_seen
             table = self._open(name)
-            recorded = {app: None if table is None else table.transaction_version(app) for app in transactions or {}}
-            if first_seen is None:
-                first_seen = {**recorded, **(expected or {})}
-            if transactions and already_recorded(transactions, recorded, first_seen):
-                return None
             if table is None:
                 schema = known_schema(name)
                 schema = conform(data, schema).schema if schema is not None else data.schema
                 by = default_partitions(name) if partition_by is None else list(partition_by)
                 table = self._create(name, schema, by)
+            # of this very snapshot, also where another writer created the table in the meantime
+            recorded = {app: table.transaction_version(app) for app in transactions or {}}
+            if first_seen is None:
+                first_seen = {**recorded, **(expected or {})}
+            if transactions and already_recorded(transactions, recorded, first_seen):
+                return None
             # the open table is what conflicts are checked against: a commit by another writer on the same app id
             # after it was opened makes this one fail, and the next attempt looks again
             write_deltalake(

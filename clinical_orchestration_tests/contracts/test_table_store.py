@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pytest
@@ -250,7 +251,7 @@ def test_racing_processes_append_every_range_once(where: str, request: pytest.Fi
         request.getfixturevalue("s3_env")
 
         ObjectStore.from_settings(bucket="contract-race").ensure_bucket()
-        store = DeltaTableStore("s3://contract-race/lake", storage_options(ClientSettings()))
+        store = DeltaTableStore(f"s3://contract-race/{uuid4().hex}", storage_options(ClientSettings()))
 
     def start() -> subprocess.Popen[Any]:
         command = [sys.executable, "-c", WRITER, store.root, "24"]
@@ -280,3 +281,16 @@ def test_racing_processes_ingest_the_same_file_once(tmp_path: Path) -> None:
 
     race(start)
     assert positions(store) == [f"patient-vitals-0-{p}" for p in range(8)]
+
+
+def test_a_table_that_another_writer_creates_first_is_looked_at_again(tmp_path: Path) -> None:
+    other = DeltaTableStore(str(tmp_path))
+
+    class Late(DeltaTableStore):
+        def _create(self, *args: Any) -> Any:
+            other.append(VITALS, bronze_rows(0, 1), transactions={"p0": 2})
+            return super()._create(*args)
+
+    late = Late(str(tmp_path))
+    assert late.append(VITALS, bronze_rows(0, 1), transactions={"p0": 2}) is None
+    assert positions(other) == ["patient-vitals-0-0", "patient-vitals-0-1"]
