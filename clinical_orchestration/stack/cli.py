@@ -731,12 +731,13 @@ def _up_to(status: StackStatus, level: int) -> dict[str, Any]:
 
 
 def _step_line(step: Step) -> str:
+    from clinical_orchestration.stack.runs import outline
+
     text = f"{seconds(step.seconds):>9}  {step.key}"
     if step.outcome == "retry":
         text += "  will be tried again"
-    facts = [f"{name} {value}" for name, value in list(step.facts.items())[:6]]
-    if facts:
-        text += "  " + ", ".join(facts)
+    if words := outline(step):
+        text += "  " + ", ".join(words)
     failed = [name for name, passed in step.checks if not passed]
     if step.checks:
         text += f"  checks {len(step.checks) - len(failed)}/{len(step.checks)}"

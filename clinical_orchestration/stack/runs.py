@@ -80,7 +80,7 @@ class Step:
     finished: float | None = None
     outcome: str = "running"  # running, success, failure, skipped, retry
     attempts: int = 1
-    facts: dict[str, str] = field(default_factory=dict)
+    assets: dict[str, dict[str, str]] = field(default_factory=dict)  # asset -> label -> short value
     checks: list[tuple[str, bool]] = field(default_factory=list)
     why: str = ""
 
@@ -96,7 +96,7 @@ class Step:
             "outcome": self.outcome,
             "seconds": round(self.seconds, 3),
             "attempts": self.attempts,
-            "facts": self.facts,
+            "assets": self.assets,
             "checks": dict(self.checks),
             **({"why": self.why} if self.why else {}),
         }
@@ -352,11 +352,39 @@ def take_event(state: RunState, event: Mapping[str, Any]) -> None:
         step.outcome = "failure" if kind == "ExecutionStepFailureEvent" else "retry"
         step.why = _reason(event.get("error")) or str(event.get("message", ""))
     elif kind == "MaterializationEvent":
+        facts = step.assets.setdefault("/".join((event.get("assetKey") or {}).get("path", ())), {})
         for entry in event.get("metadataEntries", ()):
             if (fact := _fact(entry)) is not None:
-                step.facts[entry["label"]] = fact
+                facts[entry["label"]] = fact
     elif kind == "AssetCheckEvaluationEvent":
         step.checks.append((event["evaluation"]["checkName"], bool(event["evaluation"]["success"])))
+
+
+def outline(step: Step, most: int = 6) -> list[str]:
+    """Return what a step produced, in a few words: counts first.
+
+    Of several assets the rows of each are shown and the sums of what was done with the records.
+    """
+    if len(step.assets) == 1:
+        facts = next(iter(step.assets.values()))
+        counted = [name for name in facts if _is_number(facts[name]) and name != "delta_version"]
+        others = [name for name in facts if name not in counted and name not in ("trial", "delta_version")]
+        return [f"{name.removeprefix('dagster/')} {facts[name]}" for name in [*counted, *others][:most]]
+    parts = [
+        f"{name.rpartition('/')[2]} {facts['dagster/row_count']}"
+        for name, facts in step.assets.items()
+        if "dagster/row_count" in facts
+    ]
+    sums: dict[str, int] = {}
+    for facts in step.assets.values():
+        for name, value in facts.items():
+            if name.startswith(("records_", "appended")) and value.isdigit():
+                sums[name] = sums.get(name, 0) + int(value)
+    return [*parts[:most], *(f"{name} {value}" for name, value in list(sums.items())[:most])]
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).replace("-", "", 1).isdigit()
 
 
 def _reason(error: Mapping[str, Any] | None) -> str:

@@ -65,9 +65,9 @@ def test_a_run_is_followed_to_its_end_with_steps_and_counts(page: TestClient, ho
     assert run["status"] == "SUCCESS"
     steps = {step["step"]: step for step in run["steps"]}
     assert set(steps) == {"count_rows", "use", "show_trial"}
-    assert steps["count_rows"]["facts"] == {"rows": "3", "note": "all there"}
-    assert steps["show_trial"]["facts"]["trial"] == "simulated"
-    assert steps["show_trial"]["facts"]["conf"] == "{'a': 'b'}"
+    assert steps["count_rows"]["assets"] == {"silver/patient_vitals": {"rows": "3", "note": "all there"}}
+    assert steps["show_trial"]["assets"]["trial"]["trial"] == "simulated"
+    assert steps["show_trial"]["assets"]["trial"]["conf"] == "{'a': 'b'}"
     assert all(step["outcome"] == "success" and step["seconds"] >= 0 for step in steps.values())
     assert "good_pipeline succeeded" in err.getvalue()
     assert "count_rows  rows 3" in err.getvalue()
@@ -264,6 +264,19 @@ def test_checks_and_skipped_steps_are_noted() -> None:
     assert state.steps["a"].checks == [("accounted", False)]
     assert state.steps["b"].outcome == "skipped"
     assert "not passed: accounted" in cli._step_line(state.steps["a"])
+
+
+def test_of_several_assets_rows_are_named_and_records_are_summed() -> None:
+    step = runs_module.Step("s", 0.0)
+    step.assets = {
+        "silver/patient_vitals": {"dagster/row_count": "29000", "records_received": "300", "delta_version": "3"},
+        "silver/lab_results": {"dagster/row_count": "59000", "records_received": "200", "delta_version": "4"},
+    }
+    assert runs_module.outline(step) == ["patient_vitals 29000", "lab_results 59000", "records_received 500"]
+    step.assets = {
+        "gold/x": {"trial": "t", "note": "n", "dagster/row_count": "7", "auroc": "0.71", "delta_version": "2"}
+    }
+    assert runs_module.outline(step) == ["row_count 7", "auroc 0.71", "note n"]
 
 
 def test_run_configuration_is_the_pipeline_resource() -> None:
