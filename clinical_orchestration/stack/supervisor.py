@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -161,6 +162,15 @@ class Supervisor:
             self._start_seconds = round(time.monotonic() - self._began, 1)
 
 
+def _empty(folder: Path) -> None:
+    """Remove what killed services left in the folder of temporary files."""
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def take_lock(home: Path) -> int | None:
     """Take the home's lock for this process; return its descriptor, or ``None`` when another process has it."""
     handle = os.open(paths.lock_file(home), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -192,6 +202,7 @@ def supervise(home: Path) -> int:
         if ended:
             message = f"{ended} processes of an earlier start were ended"
             supervisor.events.add(Event("info", message, time.time()))
+        _empty(home / "tmp")
         supervisor.run()
     except StackError as error:
         supervisor.error = error
