@@ -545,24 +545,20 @@ def _columns(collected: DataFrame, profile: TrialProfile) -> DataFrame:
         arrays[f"l:{test}"] = F.try_element_at(found, F.lit(f"l:{test}"))
         layout[f"l:{test}"] = tuple(defs.lab_name(test, statistic) for statistic in lab_columns)
 
+    # Two projections, arrays and then everything else: each one more costs planning and compiling on every run.
     stage = collected.select("patient_id", "t", *(array.alias(f"g{n}") for n, array in enumerate(arrays.values())))
-    numbers: list[Column] = []
     counts = {*_ZERO_WHEN_UNKNOWN, f"vital_days_{windows[-1]}"}
     counts |= {f"{vital}_count_{windows[-1]}" for vital in settings.vitals}
     counts |= {defs.lab_name(test, "out_of_range_count") for test in settings.labs}
+    columns: dict[str, Column] = {}
     for n, group in enumerate(arrays):
         for position, name in enumerate(layout[group]):
             value = F.col(f"g{n}").getItem(position)
-            numbers.append((F.coalesce(value, F.lit(0.0)) if name in counts else value).alias(name))
-    stage = stage.select("patient_id", "t", *numbers)
-    stage = stage.withColumns({**_derived(profile), **_labs_overall(profile)})
-    terms = defs.interaction_terms(tuple(settings.vitals), settings.labs)
-    stage = stage.withColumns(
-        {
-            name: F.col(left) * F.col(right) if operator == "*" else _ratio(F.col(left), F.col(right))
-            for name, (operator, left, right) in terms.items()
-        }
-    )
+            columns[name] = F.coalesce(value, F.lit(0.0)) if name in counts else value
+    columns |= _derived(columns, profile)
+    columns |= _labs_overall(columns, profile)
+    for name, (operator, left, right) in defs.interaction_terms(tuple(settings.vitals), settings.labs).items():
+        columns[name] = columns[left] * columns[right] if operator == "*" else _ratio(columns[left], columns[right])
     keys = {
         "trial": F.lit(profile.name),
         "patient_id": F.col("patient_id"),
@@ -571,7 +567,7 @@ def _columns(collected: DataFrame, profile: TrialProfile) -> DataFrame:
     }
     return stage.select(
         *(keys[name].alias(name) for name in FEATURE_KEY_COLUMNS),
-        *(F.col(name).cast("double").alias(name) for name in defs.feature_names(profile)),
+        *(columns[name].alias(name) for name in defs.feature_names(profile)),
     )
 
 
@@ -582,13 +578,13 @@ def _ratio(left: Column, right: Column) -> Column:
     return F.when(right != 0, left / right)
 
 
-def _labs_overall(profile: TrialProfile) -> dict[str, Column]:
+def _labs_overall(columns: Mapping[str, Column], profile: TrialProfile) -> dict[str, Column]:
     """Return what follows from the columns of all lab tests of the same row."""
     from pyspark.sql import functions as F  # noqa: N812
 
     tests = profile.features.labs
-    since = [F.col(defs.lab_name(test, "days_since")) for test in tests]
-    counts = [F.col(defs.lab_name(test, "out_of_range_count")) for test in tests]
+    since = [columns[defs.lab_name(test, "days_since")] for test in tests]
+    counts = [columns[defs.lab_name(test, "out_of_range_count")] for test in tests]
     null = F.lit(None).cast("double")
     return {
         "lab_out_of_range_total": reduce(lambda left, right: left + right, counts, F.lit(0.0)),
@@ -596,20 +592,19 @@ def _labs_overall(profile: TrialProfile) -> dict[str, Column]:
     }
 
 
-def _derived(profile: TrialProfile) -> dict[str, Column]:
+def _derived(columns: Mapping[str, Column], profile: TrialProfile) -> dict[str, Column]:
     """Return what follows from the vitals' columns of the same row."""
-    from pyspark.sql import functions as F  # noqa: N812
-
     vitals = profile.features.vitals
     windows = defs.window_names(profile)
     derived: dict[str, Column] = {}
     for vital in vitals:
-        derived[f"{vital}_deviation"] = F.col(f"{vital}_latest") - F.col(f"{vital}_mean_{windows[-1]}")
+        derived[f"{vital}_deviation"] = columns[f"{vital}_latest"] - columns[f"{vital}_mean_{windows[-1]}"]
     for suffix in defs.derived_suffixes(windows):
-        systolic, diastolic, rate = (F.col(f"{n}_{suffix}") for n in ("systolic_bp", "diastolic_bp", "heart_rate"))
         if {"systolic_bp", "diastolic_bp"} <= set(vitals):
+            systolic, diastolic = columns[f"systolic_bp_{suffix}"], columns[f"diastolic_bp_{suffix}"]
             derived[f"pulse_pressure_{suffix}"] = systolic - diastolic
             derived[f"mean_arterial_pressure_{suffix}"] = diastolic + (systolic - diastolic) / 3
         if {"systolic_bp", "heart_rate"} <= set(vitals):
+            rate, systolic = columns[f"heart_rate_{suffix}"], columns[f"systolic_bp_{suffix}"]
             derived[f"shock_index_{suffix}"] = _ratio(rate, systolic)
     return derived
