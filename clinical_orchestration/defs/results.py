@@ -36,6 +36,17 @@ def result_of(context: dg.AssetExecutionContext, key: dg.AssetKey, trial: str) -
     Raises:
         dagster.Failure: the asset was never materialized for this trial.
     """
+    found = find_result(context, key, trial)
+    if found is None:
+        raise dg.Failure(
+            f"{key.to_user_string()} was never materialized for the trial {trial}; run the whole pipeline first",
+            allow_retries=False,
+        )
+    return found
+
+
+def find_result(context: dg.AssetExecutionContext, key: dg.AssetKey, trial: str) -> dict[str, Any] | None:
+    """Return what the asset left, as :func:`result_of` does; None where it was never materialized for the trial."""
     here = context.instance.get_records_for_run(
         context.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION, ascending=False
     ).records
@@ -47,10 +58,7 @@ def result_of(context: dg.AssetExecutionContext, key: dg.AssetKey, trial: str) -
         materialization = stored.asset_materialization
         if materialization is not None and _text(materialization, TRIAL) == trial:
             return _result(materialization)
-    raise dg.Failure(
-        f"{key.to_user_string()} was never materialized for the trial {trial}; run the whole pipeline first",
-        allow_retries=False,
-    )
+    return None
 
 
 def _text(materialization: dg.AssetMaterialization, name: str) -> str | None:

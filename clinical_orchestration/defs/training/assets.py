@@ -7,7 +7,7 @@ import dagster as dg
 
 from clinical_orchestration import __version__
 from clinical_orchestration.defs.common import RETRY, asset_key, spec
-from clinical_orchestration.defs.results import materialized, result_of
+from clinical_orchestration.defs.results import find_result, materialized, result_of
 from clinical_orchestration.resources import PipelineResource
 from clinical_orchestration.stores.registry import EXPERIMENT, ModelRegistry, TrainingRecord
 from clinical_orchestration.stores.tables import TableStore
@@ -92,59 +92,113 @@ def train_model(
     registry: dg.ResourceParam[ModelRegistry],
 ) -> Iterator[dg.MaterializeResult[Any]]:
     """Train unless the same rows, parameters and code gave a model before."""
-    from clinical_orchestration.features.definitions import feature_names
-    from clinical_orchestration.modeling.train import TrainingData, TrainingDataError, fingerprint
-
     profile = pipeline.profile()
-    names = feature_names(profile)
-    rows = _training_rows(tables, profile)
-    try:
-        data = TrainingData.from_frame(rows, names)
-    except TrainingDataError as error:
-        raise dg.Failure(f"no training set for the trial {profile.name}: {error}", allow_retries=False) from error
-    mark = fingerprint(data, trial=profile.name, seed=SEED, folds=FOLDS)
     experiment_id = result_of(context, asset_key(MLFLOW_EXPERIMENT), profile.name)["experiment_id"]
-    run = None if pipeline.flag("force_training") else registry.find_run(experiment_id, mark)
-    if run is not None:
-        context.log.info("Nothing changed since MLflow run %s: no model is trained.", run.run_id)
-        version = tables.version(TRAINING_SET)
-        trained, candidate, run_id = False, run.candidate, run.run_id
+    inputs = _inputs(tables, profile)
+    done = None if pipeline.flag("force_training") else _done_before(context, registry, profile, experiment_id, inputs)
+    if done is not None:
+        context.log.info("The tables are as they were for MLflow run %s: no model is trained.", done["run_id"])
+        result = {**done, "trained": False}
     else:
-        version, run_id, candidate = _train(context, profile, tables, registry, rows, data, mark, experiment_id)
-        trained = True
-    events = int(data.labels.sum())
+        result = _train_if_new(context, pipeline, tables, registry, experiment_id)
+    result = {**result, "experiment_id": experiment_id, "inputs": inputs}
     counts = {
-        "dagster/row_count": data.rows,
-        "subjects": len(set(data.subjects.tolist())),
-        "events": events,
-        "prevalence": events / data.rows if data.rows else 0.0,
-        "features": len(names),
+        "dagster/row_count": result["rows"],
+        "subjects": result["subjects"],
+        "events": result["events"],
+        "prevalence": result["events"] / result["rows"],
+        "features": result["features"],
         "target": profile.target.name,
     }
     yield materialized(
         asset_key(TRAINING_SET),
         profile.name,
-        {"version": version, "rows": data.rows},
-        {**counts, "uri": tables.uri(TRAINING_SET), "delta_version": version, "digest": data.digest()[:12]},
+        {"version": result["training_set_version"], "rows": result["rows"]},
+        {**counts, "uri": tables.uri(TRAINING_SET), "delta_version": result["training_set_version"]},
     )
     yield materialized(
         asset_key(CANDIDATES),
         profile.name,
-        {
-            "run_id": run_id,
-            "experiment_id": experiment_id,
-            "candidate": candidate,
-            "trained": trained,
-            "fingerprint": mark,
-        },
+        result,
         {
             **counts,
-            "trained": trained,
-            "candidate": candidate,
-            "note": "trained" if trained else "nothing changed since the last training: its result is used",
-            "mlflow_run": dg.MetadataValue.url(_run_url(registry, experiment_id, run_id)),
+            "trained": result["trained"],
+            "candidate": result["candidate"],
+            "note": "trained" if result["trained"] else "nothing changed since the last training: its result is used",
+            "mlflow_run": dg.MetadataValue.url(_run_url(registry, experiment_id, result["run_id"])),
         },
     )
+
+
+def _inputs(tables: TableStore, profile: TrialProfile) -> dict[str, Any]:
+    """Return what training depends on: the versions of its tables, the profile and the code."""
+    import hashlib
+
+    from clinical_orchestration.modeling.train import TRAINING_CODE_VERSION
+
+    names = [FEATURES, *(silver(domain) for domain in LABEL_DOMAINS)]
+    return {
+        **{name: tables.version(name) for name in names},
+        "profile": hashlib.sha256(profile.model_dump_json().encode()).hexdigest(),
+        "code": f"{__version__}/{TRAINING_CODE_VERSION}/{SEED}/{FOLDS}",
+    }
+
+
+def _done_before(
+    context: dg.AssetExecutionContext,
+    registry: ModelRegistry,
+    profile: TrialProfile,
+    experiment_id: str,
+    inputs: dict[str, Any],
+) -> dict[str, Any] | None:
+    """Return the result of the last training when its inputs were these and MLflow still has its run."""
+    last = find_result(context, asset_key(CANDIDATES), profile.name)
+    if last is None or last.get("inputs") != inputs or last.get("experiment_id") != experiment_id:
+        return None
+    run = registry.find_run(experiment_id, last["fingerprint"])
+    return last if run is not None and run.run_id == last["run_id"] else None
+
+
+def _train_if_new(
+    context: dg.AssetExecutionContext,
+    pipeline: PipelineResource,
+    tables: TableStore,
+    registry: ModelRegistry,
+    experiment_id: str,
+) -> dict[str, Any]:
+    from clinical_orchestration.features.definitions import feature_names
+    from clinical_orchestration.modeling.train import TrainingData, TrainingDataError, fingerprint
+
+    profile = pipeline.profile()
+    rows = _training_rows(tables, profile)
+    try:
+        data = TrainingData.from_frame(rows, feature_names(profile))
+    except TrainingDataError as error:
+        raise dg.Failure(f"no training set for the trial {profile.name}: {error}", allow_retries=False) from error
+    if not data.rows:
+        raise dg.Failure(
+            f"the trial {profile.name} has no training rows yet: no feature time on treatment whose whole "
+            f"horizon was observed",
+            allow_retries=False,
+        )
+    mark = fingerprint(data, trial=profile.name, seed=SEED, folds=FOLDS)
+    run = None if pipeline.flag("force_training") else registry.find_run(experiment_id, mark)
+    if run is not None:
+        context.log.info("The training rows are those of MLflow run %s: no model is trained.", run.run_id)
+        version, run_id, candidate = tables.version(TRAINING_SET), run.run_id, run.candidate
+    else:
+        version, run_id, candidate = _train(context, profile, tables, registry, rows, data, mark, experiment_id)
+    return {
+        "run_id": run_id,
+        "candidate": candidate,
+        "trained": run is None,
+        "fingerprint": mark,
+        "training_set_version": version,
+        "rows": data.rows,
+        "subjects": len(set(data.subjects.tolist())),
+        "events": int(data.labels.sum()),
+        "features": len(data.feature_names),
+    }
 
 
 def _training_rows(tables: TableStore, profile: TrialProfile) -> "pl.DataFrame":
