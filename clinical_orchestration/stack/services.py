@@ -471,6 +471,9 @@ def _prepare_kafka(context: Context) -> None:
         "share.coordinator.state.topic.min.isr": "1",
         "share.coordinator.state.topic.num.partitions": "4",
         "group.initial.rebalance.delay.ms": "0",
+        # a killed broker may come back once its former session is over; 9 s by default
+        "broker.session.timeout.ms": "4000",
+        "broker.heartbeat.interval.ms": "1000",
         # records stay until they were ingested, even when nobody ingests for a month
         "log.retention.hours": "720",
         "log.segment.bytes": "67108864",
