@@ -660,7 +660,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             servers = chosen.bootstrap_servers or ClientSettings().kafka_bootstrap_servers
             try:
-                admin = ConfluentTopicAdmin(servers)
+                admin = ConfluentTopicAdmin(servers, timeout=5.0)
                 admin.ensure_topics(topics.values())
                 admin.keep_forever(topics.values())
                 producer = ConfluentProducer(servers)
