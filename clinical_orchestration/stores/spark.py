@@ -289,12 +289,17 @@ def _check_listening(remote: str) -> None:
 
 def _create(remote: str) -> SparkSession:
     from pyspark.sql import SparkSession
+    from pyspark.sql.connect.client.retries import DefaultPolicy
 
     # the general builder, because it also makes pyspark.sql.functions speak Spark Connect
     builder = SparkSession.builder.remote(remote)
     for name, value in _CONFIGURATION.items():
         builder = builder.config(name, value)
-    return builder.create()
+    session = builder.create()
+    # a server that is gone fails a run after about a minute; the library's own policy waits for ten. A restarted
+    # server does not know the session anyway: the run is retried and loses nothing
+    session.client.set_retry_policies([DefaultPolicy(max_retries=8, max_backoff=10_000)])
+    return session
 
 
 def _answers(session: SparkSession) -> bool:
