@@ -35,7 +35,8 @@ class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     conf: dict[str, Any] = Field(
         default_factory=dict,
         description="Free-form; `force_training: true` trains even when nothing changed, "
-        "`full_features: true` computes all features again.",
+        "`full_features: true` computes all features again, "
+        "`accept_loss: true` goes on behind Kafka messages that retention removed before they were ingested.",
     )
 
     def profile(self) -> TrialProfile:

@@ -226,8 +226,8 @@ def _ranges(
             if not accept_loss:
                 problems.append(
                     f"{where}: offsets {start} to {bounds.begin - 1} were removed by retention before they were "
-                    "ingested; nothing was read from it. Have the senders send them again and run the ingestion with "
-                    "accept_loss to go on behind the gap; lengthen retention.ms or ingest more often"
+                    "ingested; nothing was read from it. Have the senders send them again and run with "
+                    "--conf {\"accept_loss\": true} to go on behind the gap; lengthen retention.ms or ingest more often"
                 )
                 continue
             result.lost[partition] = bounds.begin - start

@@ -90,6 +90,8 @@ def ingest_sources(
     now: datetime,
     scratch: Path,
     say: Callable[[str], None],
+    *,
+    accept_loss: bool = False,
 ) -> SourcesReport:
     """Bring what is new in a trial's files, simulation and topics into ``bronze/*``.
 
@@ -102,6 +104,7 @@ def ingest_sources(
         now: time of ingestion, UTC.
         scratch: folder for the files of a simulation where there is no broker.
         say: takes one line of progress at a time.
+        accept_loss: go on behind messages that retention removed before they were ingested.
 
     Raises:
         clinical_orchestration.stores.sdtm_files.SdtmFileError: the files cannot be used.
@@ -128,7 +131,9 @@ def ingest_sources(
             finally:
                 producer.close()
             say(f"simulation in Kafka: {done.produced} messages produced, {done.present} were there")
-        report = ingest_topics(tables, reader, topics, default_trial=profile.name, now=now, admin=admin)
+        report = ingest_topics(
+            tables, reader, topics, default_trial=profile.name, now=now, admin=admin, accept_loss=accept_loss
+        )
     finally:
         reader.close()
         admin.close()

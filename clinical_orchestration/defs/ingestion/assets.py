@@ -93,6 +93,7 @@ def validate_clinical_data(
     kafka: KafkaResource,
 ) -> Iterator[dg.MaterializeResult[Any]]:
     """Append what is new in files and topics to the raw tables; offsets are committed with the rows."""
+    from clinical_orchestration.ingestion.kafka import OffsetsLostError
     from clinical_orchestration.ingestion.sources import ingest_sources
     from clinical_orchestration.stores.sdtm_files import SdtmFileError
 
@@ -101,9 +102,10 @@ def validate_clinical_data(
     topics = pipeline.variables().topics()
     try:
         report = ingest_sources(
-            tables, kafka, profile, pipeline.source_folder(), topics, now, pipeline.scratch(), context.log.info
-        )
-    except SdtmFileError as error:
+            tables, kafka, profile, pipeline.source_folder(), topics, now, pipeline.scratch(), context.log.info,
+            accept_loss=pipeline.flag("accept_loss"),
+        )  # fmt: skip
+    except (SdtmFileError, OffsetsLostError) as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     for note in report.notes:
         context.log.warning(note)
