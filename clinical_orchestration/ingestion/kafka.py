@@ -227,7 +227,7 @@ def _ranges(
                 problems.append(
                     f"{where}: offsets {start} to {bounds.begin - 1} were removed by retention before they were "
                     "ingested; nothing was read from it. Have the senders send them again and run with "
-                    "--conf {\"accept_loss\": true} to go on behind the gap; lengthen retention.ms or ingest more often"
+                    '--conf {"accept_loss": true} to go on behind the gap; lengthen retention.ms or ingest more often'
                 )
                 continue
             result.lost[partition] = bounds.begin - start
