@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from clinical_orchestration.instance import ensure_pools
+
 if TYPE_CHECKING:
     from dagster import DagsterInstance
     from dagster._core.workspace.context import WorkspaceProcessContext
@@ -53,6 +55,7 @@ def open_workspace(workspace_file: Path, stack: ExitStack) -> WorkspaceProcessCo
     instance = stack.enter_context(DagsterInstance.get())
     instance.optimize_for_webserver(STATEMENT_TIMEOUT_MS, pool_recycle=3600, max_overflow=POOL_OVERFLOW)
     check_pooled_connections(instance)
+    ensure_pools(instance)
     return stack.enter_context(
         WorkspaceProcessContext(instance, WorkspaceFileTarget(paths=[str(workspace_file)]), version=version)
     )
