@@ -35,7 +35,7 @@ def write(tables: DeltaTableStore, rows: Rows) -> None:
 def test_refresh_load_and_verify_on_s3_with_spark_and_redis(
     spark_env: dict[str, str], redis_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {**spark_env, **redis_env, "CLINICAL_LAKE_ROOT": "s3://clinical-mlops/feature-store"}.items():
+    for name, value in {**spark_env, "CLINICAL_LAKE_ROOT": "s3://clinical-mlops/feature-store"}.items():
         monkeypatch.setenv(name, value)
     tables = DeltaTableStore.from_settings()
     sessions = SparkSessions()
