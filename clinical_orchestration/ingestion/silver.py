@@ -294,8 +294,9 @@ def _refine_increment(run: _Run, found: _Increment) -> DomainReport:
     _begin(run.tables, found)
     if found.complete_log:
         after, until = -1 if found.after is None else found.after, found.until or 0
+        name, rows = bronze(found.domain), found.rows or None
         try:
-            return _refine_rows(run, found, lambda: run.spark_tables.read_appended(bronze(found.domain), after, until))
+            return _refine_rows(run, found, lambda: run.spark_tables.read_appended(name, after, until, rows=rows))
         except Exception as error:
             if not any(text in str(error) for text in _INCREMENT_LOST):
                 raise

@@ -31,7 +31,7 @@ _CONFIGURATION = {
 }
 
 ARROW_ROWS = 100_000
-"""Appends of up to so many rows go through this process as Arrow (about 1 KB a row); larger ones stay in Spark."""
+"""Up to so many rows (about 1 KB each), increments and appends go through this process; larger ones stay in Spark."""
 
 
 class SparkUnavailableError(ConnectionError):
@@ -94,8 +94,13 @@ class SparkTables(Protocol):
         """
         ...
 
-    def read_appended(self, name: str, from_version_exclusive: int, to_version: int) -> DataFrame:
-        """Return the rows appended after one version up to another, with a long column ``_commit_version``."""
+    def read_appended(
+        self, name: str, from_version_exclusive: int, to_version: int, *, rows: int | None = None
+    ) -> DataFrame:
+        """Return the rows appended after one version up to another, with a long column ``_commit_version``.
+
+        `rows` says how many these are, where that is known.
+        """
         ...
 
     def append(self, name: str, df: DataFrame, *, app_id: str, app_version: int, rows: int | None = None) -> int | None:
@@ -130,8 +135,9 @@ class SparkTables(Protocol):
 class DeltaSparkTables:
     """Spark reads and writes Delta itself, on S3 (``s3a``) or a folder that the server shares.
 
-    Small appends are fetched as Arrow and committed by the store: a Delta write by Spark costs a few jobs and one to
-    two seconds of computing, whatever its size.
+    Small increments and appends go through this process as Arrow and are read and committed by the store: Delta in
+    Spark costs a few jobs and one to two seconds of computing a table, whatever the size (measured: 57 s of computing
+    for the first 100,000 rows of a cold server, 38 s by Arrow).
     """
 
     def __init__(self, sessions: SparkSessions, store: TableStore, *, arrow_rows: int = ARROW_ROWS) -> None:
@@ -152,11 +158,15 @@ class DeltaSparkTables:
             reader = reader.option("versionAsOf", version)
         return reader.load(self._path(name))
 
-    def read_appended(self, name: str, from_version_exclusive: int, to_version: int) -> DataFrame:
+    def read_appended(
+        self, name: str, from_version_exclusive: int, to_version: int, *, rows: int | None = None
+    ) -> DataFrame:
         """See :class:`SparkTables`."""
         from pyspark.sql import functions as F  # noqa: N812
 
         self._store.ensure(name)
+        if rows is not None and rows <= self._arrow_rows:
+            return _frame(self.session, self._store.read_appended(name, from_version_exclusive, to_version))
         if to_version <= from_version_exclusive:
             return self.read(name).withColumn(COMMIT_VERSION, F.lit(None).cast("long")).limit(0)
         changes = (
@@ -235,12 +245,14 @@ class ArrowSparkTables:
     def read(self, name: str, version: int | None = None) -> DataFrame:
         """See :class:`SparkTables`."""
         self._store.ensure(name)
-        return self._frame(self._store.read(name, version=version))
+        return _frame(self.session, self._store.read(name, version=version))
 
-    def read_appended(self, name: str, from_version_exclusive: int, to_version: int) -> DataFrame:
+    def read_appended(
+        self, name: str, from_version_exclusive: int, to_version: int, *, rows: int | None = None
+    ) -> DataFrame:
         """See :class:`SparkTables`."""
         self._store.ensure(name)
-        return self._frame(self._store.read_appended(name, from_version_exclusive, to_version))
+        return _frame(self.session, self._store.read_appended(name, from_version_exclusive, to_version))
 
     def append(self, name: str, df: DataFrame, *, app_id: str, app_version: int, rows: int | None = None) -> int | None:
         """See :class:`SparkTables`."""
@@ -259,13 +271,6 @@ class ArrowSparkTables:
         """See :class:`SparkTables`."""
         return self._store.transaction_version(name, app_id)
 
-    def _frame(self, rows: pa.Table) -> DataFrame:
-        from pyspark.sql.pandas.types import from_arrow_schema
-
-        if rows.num_rows == 0:  # Arrow without rows is refused, whatever its schema
-            return self.session.createDataFrame([], from_arrow_schema(rows.schema))
-        return self.session.createDataFrame(rows)
-
 
 def spark_tables(
     store: TableStore, settings: ClientSettings | None = None, sessions: SparkSessions | None = None
@@ -274,6 +279,14 @@ def spark_tables(
     settings = settings or ClientSettings()
     sessions = sessions or SparkSessions(settings)
     return DeltaSparkTables(sessions, store) if settings.spark_connectors else ArrowSparkTables(sessions, store)
+
+
+def _frame(session: SparkSession, rows: pa.Table) -> DataFrame:
+    from pyspark.sql.pandas.types import from_arrow_schema
+
+    if rows.num_rows == 0:  # Arrow without rows is refused, whatever its schema
+        return session.createDataFrame([], from_arrow_schema(rows.schema))
+    return session.createDataFrame(rows)
 
 
 def _check_listening(remote: str) -> None:

@@ -74,7 +74,7 @@ def test_reads_appends_and_transactions(tables: SparkTables, store: DeltaTableSt
     second = store.append(VITALS, bronze_messages([vitals_message(1), vitals_message(2)], start=1))
     assert first is not None
     assert second is not None
-    appended = tables.read_appended(VITALS, first, second)
+    appended = tables.read_appended(VITALS, first, second, rows=2)
     found = {(row["source_position"], row["_commit_version"]) for row in appended.collect()}
     assert found == {("patient-vitals-0-1", second), ("patient-vitals-0-2", second)}
     assert tables.read_appended(VITALS, second, second).count() == 0
