@@ -590,6 +590,8 @@ def spark_configuration(context: Context) -> dict[str, str]:
         "spark.sql.ansi.enabled": "true",
         "spark.sql.shuffle.partitions": str(max(2, min(cores, 8))),
         "spark.sql.adaptive.enabled": "true",
+        # the default of 100 is less than the classes of one run, so that every run would compile all of them again
+        "spark.sql.codegen.cache.maxEntries": "2000",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         "spark.python.worker.reuse": "true",
         "spark.pyspark.python": sys.executable,

@@ -11,7 +11,7 @@ from clinical_orchestration.defs.results import find_result, materialized, resul
 from clinical_orchestration.resources import PipelineResource
 from clinical_orchestration.stores.registry import EXPERIMENT, ModelRegistry, TrainingRecord
 from clinical_orchestration.stores.tables import TableStore
-from clinical_orchestration.tables import FEATURE_KEY_COLUMNS, FEATURES, TRAINING_SET, silver
+from clinical_orchestration.tables import FEATURES, TRAINING_SET, silver
 from clinical_orchestration.trials import TrialProfile
 
 if TYPE_CHECKING:
@@ -204,8 +204,8 @@ def _train_if_new(
 def _training_rows(tables: TableStore, profile: TrialProfile) -> "pl.DataFrame":
     import polars as pl
 
-    from clinical_orchestration.features.definitions import feature_names
     from clinical_orchestration.features.labels import last_records, training_rows
+    from clinical_orchestration.stores.feature_store import read_features
 
     if not tables.exists(FEATURES):
         raise dg.Failure("there are no features yet; materialize gold/patient_features first", allow_retries=False)
@@ -215,7 +215,7 @@ def _training_rows(tables: TableStore, profile: TrialProfile) -> "pl.DataFrame":
         return pl.DataFrame(pl.from_arrow(rows))
 
     return training_rows(
-        frame(FEATURES, [*FEATURE_KEY_COLUMNS, *feature_names(profile)]),
+        read_features(tables, profile),
         frame(silver("adverse_events")),
         frame(silver("subjects")),
         last_records(frame(silver("patient_vitals"), ["patient_id", "event_time"])),
