@@ -24,7 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PORTS = ("POSTGRES", "KAFKA", "REDIS", "S3", "MLFLOW", "SPARK", "SERVING", "PAGE", "GATEWAY", "CODE_SERVER")
-IMPORT = "import time; t = time.perf_counter(); import clinical_orchestration.definitions; print(time.perf_counter() - t)"
+IMPORT = (
+    "import time; t = time.perf_counter(); import clinical_orchestration.definitions; print(time.perf_counter() - t)"
+)
 
 
 def free_ports(count: int) -> list[int]:
@@ -69,7 +71,9 @@ def main() -> None:
         start, first, again, memory, stop = [], [], [], [], []
         for round_ in range(options.rounds):
             home = Path(folder) / f"home-{round_}"
-            stack = {f"CLINICAL_PORT_{name}": str(port) for name, port in zip(PORTS, free_ports(len(PORTS)), strict=True)}
+            stack = {
+                f"CLINICAL_PORT_{name}": str(port) for name, port in zip(PORTS, free_ports(len(PORTS)), strict=True)
+            }
             env_round = {**env, **stack, "CLINICAL_HOME": str(home)}
             manager = "./pipeline-manager.sh"
             start.append(timed([manager, "--start"], env_round, root)[0])

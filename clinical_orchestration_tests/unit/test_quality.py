@@ -3,7 +3,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import polars as pl  # noqa: TID253 - the rules under test are polars
+import polars as pl
 import pyarrow as pa
 import pytest
 from hypothesis import given
