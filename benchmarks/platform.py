@@ -84,7 +84,7 @@ def main() -> None:
                 full.append(timed(command, env_round, root)[0])
                 again.append(timed([manager, "--run", "clinical_data_pipeline"], env_round, root)[0])
                 _, text = timed([manager, "--stats", "--json"], env_round, root)
-                services = json.loads(text)["stats"]["services"]
+                services = json.loads(text)["stats"]["services"].values()
                 memory.append(sum(item.get("rss_mb") or 0 for item in services) / 1024)
             finally:
                 stop.append(timed([manager, "--stop"], env_round, root)[0])
