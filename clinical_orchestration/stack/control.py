@@ -27,7 +27,7 @@ from clinical_orchestration.stack.engine import (
 from clinical_orchestration.stack.model import Event, OnEvent, ServiceStatus, StackError, StackStatus, State
 from clinical_orchestration.stack.process import Identity, disk_cure, log_tail, spawn_detached
 from clinical_orchestration.stack.services import Context, ServiceSpec, base_environment, specs
-from clinical_orchestration.stack.settings import StackSettings, port_is_free, write_private
+from clinical_orchestration.stack.settings import StackSettings, port_is_free, port_variable, write_private
 from clinical_orchestration.stack.supervisor import take_lock
 
 POLL_SECONDS = 0.1
@@ -227,18 +227,24 @@ def prepare_home(home: Path) -> None:
 
 def check_ports(settings: StackSettings, wanted: Sequence[ServiceSpec]) -> None:
     """Raise :class:`StackError` for each port of services to be started that another program has."""
-    problems = []
+    problems: list[StackError] = []
+    taken: list[str] = []
     for one in wanted:
         if one.port and not port_is_free(settings.ports[one.port]):
             absent = one.installed(settings) if one.installed else None
             if absent is None or one.needs_jars:
                 problems.append(taken_port(one.port, settings.ports[one.port]))
+                taken.append(one.port)
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        text = "; ".join(str(problem.args[0]) for problem in problems)
-        cures = " ".join(dict.fromkeys(problem.cure for problem in problems))
-        raise StackError(text, cures)
+        text = "\n  ".join(["several ports are taken:", *(str(problem.args[0]) for problem in problems)])
+        variables = ", ".join(port_variable(name) for name in taken)
+        raise StackError(
+            text,
+            f"End these programs (another stack? then --stop it), or set {variables} to other ports "
+            "(0 picks a free one), and CLINICAL_HOME to a folder of its own.",
+        )
 
 
 def _ask_service(settings: StackSettings, spec: ServiceSpec, reported: ServiceStatus) -> ServiceStatus:

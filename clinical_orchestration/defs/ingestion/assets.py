@@ -180,6 +180,8 @@ def spark_data_processing(
         else f"{report.total('received')} records: {report.total('accepted')} accepted, "
         f"{report.total('duplicates')} duplicates, {report.total('quarantined')} quarantined."
     )
+    if not report.no_new_data:
+        _keep_in_shape(context, tables)
     accounts = account_for(tables)
     for domain in DOMAINS:
         done, account = report.domains[domain], accounts[domain]
@@ -233,3 +235,12 @@ def spark_data_processing(
                 ),
             },
         )
+
+
+def _keep_in_shape(context: dg.AssetExecutionContext, tables: TableStore) -> None:
+    """Merge the small files that many small runs leave; runs of this pipeline never overlap, so nobody else writes."""
+    names = [*(bronze(domain) for domain in DOMAINS), *(silver(domain) for domain in DOMAINS), QUARANTINE, DUPLICATES]
+    for name in names:
+        done = tables.maintain(name)
+        if done.files_after < done.files_before:
+            context.log.info("%s: %d files merged into %d", name, done.files_before, done.files_after)
