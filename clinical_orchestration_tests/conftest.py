@@ -65,12 +65,12 @@ def spark_env(s3_env: Environment, tmp_path_factory: pytest.TempPathFactory) -> 
             if environment["CLINICAL_SPARK_CONNECTORS"] != "true":
                 pytest.skip("Spark's Delta and S3 connectors are not downloaded and Maven Central cannot be reached")
             yield environment
-            _end_spark_sessions()
+            end_spark_sessions()
     except NotInstalledError as reason:
         pytest.skip(f"{reason}")
 
 
-def _end_spark_sessions() -> None:
+def end_spark_sessions() -> None:
     """End the sessions that tests left open: at exit, their clients would try for minutes to reach the ended server."""
     if "pyspark.sql.connect.session" not in sys.modules:
         return

@@ -48,7 +48,7 @@ def result_of(context: dg.AssetExecutionContext, key: dg.AssetKey, trial: str) -
 def find_result(context: dg.AssetExecutionContext, key: dg.AssetKey, trial: str) -> dict[str, Any] | None:
     """Return what the asset left, as :func:`result_of` does; None where it was never materialized for the trial."""
     here = context.instance.get_records_for_run(
-        context.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION, ascending=False
+        context.run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION, ascending=False
     ).records
     for record in here:
         materialization = record.event_log_entry.asset_materialization

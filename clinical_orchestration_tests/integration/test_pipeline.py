@@ -17,6 +17,7 @@ from clinical_orchestration.stores.online import RedisOnlineStore
 from clinical_orchestration.stores.serving import ServingClient
 from clinical_orchestration.stores.tables import DeltaTableStore
 from clinical_orchestration.tables import DOMAINS, FEATURES, PREDICTIONS, QUARANTINE, bronze, silver
+from clinical_orchestration_tests.conftest import end_spark_sessions
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -26,8 +27,10 @@ Environment = dict[str, str]
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
     try:
-        with embedded(tmp_path_factory.mktemp("platform"), "kafka", "spark", "serving") as environment:
+        home = tmp_path_factory.mktemp("platform")
+        with embedded(home, "redis", "kafka", "spark", "mlflow", "serving") as environment:
             yield environment
+            end_spark_sessions()
     except NotInstalledError as reason:
         pytest.skip(f"{reason}")
 

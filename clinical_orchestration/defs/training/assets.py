@@ -264,7 +264,7 @@ def _train(
         params={**hyper_parameters(), "seed": SEED, "folds": FOLDS, "target": profile.target.name},
         profile=profile.model_dump(mode="json"),
         code_version=__version__,
-        tags={"dagster_run_id": context.run_id},
+        tags={"dagster_run_id": context.run.run_id},
     )
     run = registry.log_training(
         experiment_id,
