@@ -18,6 +18,30 @@ from clinical_orchestration.stack.testing import NotInstalledError, embedded
 Environment = dict[str, str]
 
 
+ADDRESSES = {
+    "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+    "AWS_ACCESS_KEY_ID": "",
+    "AWS_SECRET_ACCESS_KEY": "",
+    "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
+    "REDIS_URL": "redis://127.0.0.1:9/0",
+    "KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:9",
+    "SPARK_REMOTE": "sc://127.0.0.1:9",
+    "SERVING_URL": "http://127.0.0.1:9",
+    "AIRFLOW_URL": "http://127.0.0.1:9",
+    "GATEWAY_URL": "http://127.0.0.1:9",
+    "POSTGRES_URL": "",
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_running_stack() -> Iterator[None]:
+    """Point every client at a closed port: no test may work on a stack that happens to run on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ADDRESSES.items():
+            patch.setenv(name, value)
+        yield
+
+
 def _service(factory: pytest.TempPathFactory, *names: str) -> Iterator[Environment]:
     home = factory.mktemp("-".join(names))
     if os.geteuid() == 0:

@@ -15,7 +15,6 @@ import pytest
 
 from clinical_orchestration import tables as names
 from clinical_orchestration.settings import ClientSettings
-from clinical_orchestration.stores.objects import ObjectStore
 from clinical_orchestration.stores.tables import (
     DeltaTableStore,
     TableStore,
@@ -35,12 +34,8 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TableStore
     elif request.param == "folder":
         yield DeltaTableStore(str(tmp_path / "lake"))
     else:
-        request.getfixturevalue("s3_env")
-
-        settings = ClientSettings()
-        bucket = f"contract-{tmp_path.name.replace('_', '-').lower()[-40:]}".rstrip("-")
-        ObjectStore.from_settings(settings, bucket=bucket).ensure_bucket()
-        yield DeltaTableStore(f"s3://{bucket}/lake", storage_options(settings))
+        settings = ClientSettings.model_validate(request.getfixturevalue("s3_env"))
+        yield DeltaTableStore(f"s3://clinical-mlops/{uuid4().hex}", storage_options(settings))
 
 
 def bronze_rows(*positions: int) -> pa.Table:
@@ -244,14 +239,18 @@ def race(start: Callable[[], subprocess.Popen[Any]], writers: int = 3) -> None:
 
 
 @pytest.mark.parametrize("where", ["folder", pytest.param("s3", marks=pytest.mark.integration)])
-def test_racing_processes_append_every_range_once(where: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_racing_processes_append_every_range_once(
+    where: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if where == "folder":
         store = DeltaTableStore(str(tmp_path))
     else:
-        request.getfixturevalue("s3_env")
-
-        ObjectStore.from_settings(bucket="contract-race").ensure_bucket()
-        store = DeltaTableStore(f"s3://contract-race/{uuid4().hex}", storage_options(ClientSettings()))
+        environment = request.getfixturevalue("s3_env")
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)  # for the processes that are started
+        store = DeltaTableStore(
+            f"s3://clinical-mlops/{uuid4().hex}", storage_options(ClientSettings.model_validate(environment))
+        )
 
     def start() -> subprocess.Popen[Any]:
         command = [sys.executable, "-c", WRITER, store.root, "24"]
