@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from clinical_orchestration.stores.kafka import Producer, TopicAdmin, TopicReader
+    from clinical_orchestration.stores.objects import Objects
     from clinical_orchestration.stores.online import OnlineStore
     from clinical_orchestration.stores.registry import ModelRegistry
     from clinical_orchestration.stores.serving import ServingClient
@@ -159,6 +160,18 @@ class RegistryResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return ModelRegistry(ClientSettings().mlflow_tracking_uri)
 
 
+class ObjectsResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """Plain objects, such as reports, in a bucket of the S3 service."""
+
+    bucket: str | None = Field(default=None, description="Empty: the variable clinical_data_bucket.")
+
+    def create_resource(self, context: dg.InitResourceContext) -> Objects:
+        """Return the bucket."""
+        from clinical_orchestration.stores.objects import ObjectStore
+
+        return ObjectStore.from_settings(bucket=self.bucket)
+
+
 class ServingResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     """The model server."""
 
@@ -178,5 +191,6 @@ def build_resources() -> dict[str, Any]:
         "kafka": KafkaResource(),
         "online": OnlineStoreResource(),
         "registry": RegistryResource(),
+        "objects": ObjectsResource(),
         "serving": ServingResource(),
     }

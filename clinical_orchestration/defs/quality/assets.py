@@ -10,6 +10,7 @@ from clinical_orchestration.defs.common import RETRY, asset_key, markdown_table,
 from clinical_orchestration.defs.deployment.assets import CHAMPION
 from clinical_orchestration.defs.results import materialized
 from clinical_orchestration.resources import PipelineResource
+from clinical_orchestration.stores.objects import Objects
 from clinical_orchestration.stores.tables import TableStore
 from clinical_orchestration.tables import DOMAINS, QUARANTINE, silver
 
@@ -37,9 +38,9 @@ RULES = dg.AssetCheckSpec(
         spec(
             CLINICAL_DATA_QUALITY,
             "How good the trial's silver tables are: rules, completeness, share of accepted records "
-            "and a score a table.",
+            "and a score a table. Each run leaves a JSON report in the bucket.",
             group="quality",
-            kinds={"polars"},
+            kinds={"polars", "minio"},
             deps=[CHAMPION, QUARANTINE, *(silver(domain) for domain in DOMAINS)],
         )
     ],
@@ -48,15 +49,24 @@ RULES = dg.AssetCheckSpec(
     retry_policy=RETRY,
 )
 def validate_data_quality(
-    pipeline: PipelineResource, tables: dg.ResourceParam[TableStore]
+    context: dg.AssetExecutionContext,
+    pipeline: PipelineResource,
+    tables: dg.ResourceParam[TableStore],
+    objects: dg.ResourceParam[Objects],
 ) -> Iterator[dg.MaterializeResult[Any]]:
     """Check the trial's rows of every silver table."""
     profile = pipeline.profile()
     threshold = pipeline.variables().data_quality_threshold
-    qualities = _qualities(tables, profile.name, datetime.now(UTC))
+    now = datetime.now(UTC)
+    qualities = _qualities(tables, profile.name, now)
     scores = {domain: quality.score for domain, quality in qualities.items()}
     low = {domain: score for domain, score in scores.items() if score < threshold}
     broken = [(domain, failure) for domain, quality in qualities.items() for failure in quality.failures]
+    report = objects.put(
+        f"reports/quality/{profile.name}/{now:%Y-%m-%dT%H%M%SZ}.json",
+        _report(qualities, profile.name, now, threshold, context.run.run_id),
+        "application/json",
+    )
     yield materialized(
         asset_key(CLINICAL_DATA_QUALITY),
         profile.name,
@@ -64,6 +74,7 @@ def validate_data_quality(
         {
             "lowest_score": min(scores.values(), default=1.0),
             "threshold": threshold,
+            "report": dg.MetadataValue.path(report),
             "tables": markdown_table(
                 ["table", "rows", "score", "accepted", "rules broken"],
                 [
@@ -94,6 +105,26 @@ def validate_data_quality(
             ),
         ],
     )
+
+
+def _report(qualities: "dict[str, TableQuality]", trial: str, now: datetime, threshold: float, run_id: str) -> bytes:
+    import orjson
+
+    tables = {
+        domain: {
+            "rows": quality.rows,
+            "score": quality.score,
+            "acceptance_rate": quality.acceptance_rate,
+            "completeness": quality.completeness,
+            "rules": [
+                {"name": rule.name, "checked": rule.checked, "failed": rule.failed, "passed": rule.passed}
+                for rule in quality.results
+            ],
+        }
+        for domain, quality in qualities.items()
+    }
+    content = {"trial": trial, "at": now, "run_id": run_id, "threshold": threshold, "tables": tables}
+    return orjson.dumps(content, option=orjson.OPT_INDENT_2)
 
 
 def _qualities(tables: TableStore, trial: str, now: datetime) -> "dict[str, TableQuality]":
