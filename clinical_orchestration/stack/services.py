@@ -475,7 +475,8 @@ def _prepare_kafka(context: Context) -> None:
         "broker.session.timeout.ms": "4000",
         "broker.heartbeat.interval.ms": "1000",
         # records stay until they were ingested, even when nobody ingests for a month
-        "log.retention.hours": "720",
+        # retention goes by the time in a record: history that is sent in later would be removed before it is ingested
+        "log.retention.ms": "-1",
         "log.segment.bytes": "67108864",
         "log.cleaner.dedupe.buffer.size": "16777216",
         "auto.create.topics.enable": "true",
