@@ -474,7 +474,6 @@ def _prepare_kafka(context: Context) -> None:
         # a killed broker may come back once its former session is over; 9 s by default
         "broker.session.timeout.ms": "4000",
         "broker.heartbeat.interval.ms": "1000",
-        # records stay until they were ingested, even when nobody ingests for a month
         # retention goes by the time in a record: history that is sent in later would be removed before it is ingested
         "log.retention.ms": "-1",
         "log.segment.bytes": "67108864",
