@@ -6,6 +6,7 @@ set in the process: a test sets them with ``monkeypatch.setenv`` or passes them 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -100,9 +101,10 @@ def end_spark_sessions() -> None:
         return
     from pyspark.sql.connect.session import SparkSession
 
-    session = SparkSession.getActiveSession()
-    if session is not None and not session.is_stopped:
-        session.stop()
+    # sessions are kept per thread and nowhere together
+    for session in [found for found in gc.get_objects() if isinstance(found, SparkSession)]:
+        if not session.is_stopped:
+            session.stop()
 
 
 @pytest.fixture(scope="session")
