@@ -73,3 +73,81 @@ CLINICAL_DATA_PIPELINE = Pipeline(
         "end_pipeline",
     ),
 )
+
+DATA_QUALITY_MONITORING = Pipeline(
+    name="data_quality_monitoring",
+    description="Data quality and integrity",
+    tags=("clinical_trials", "data_quality", "monitoring"),
+    cron="0 */4 * * *",
+    edges=_chain(
+        "start_quality_check",
+        ("check_data_completeness", "validate_data_schema", "check_data_consistency"),
+        "monitor_data_freshness",
+        "detect_anomalies",
+        "generate_quality_report",
+        "trigger_data_cleaning",
+        "end_quality_check",
+    ),
+)
+
+MODEL_MONITORING = Pipeline(
+    name="model_monitoring",
+    description="Model performance and drift",
+    tags=("clinical_trials", "mlops", "monitoring"),
+    cron="0 */2 * * *",
+    edges=_chain(
+        "start_monitoring",
+        ("check_model_performance", "detect_data_drift", "check_concept_drift"),
+        "validate_feature_distribution",
+        "generate_monitoring_report",
+        "send_alerts_if_needed",
+        "end_monitoring",
+    ),
+)
+
+SCHEDULED_RETRAINING = Pipeline(
+    name="scheduled_retraining",
+    description="Retraining on schedule, performance and data conditions",
+    tags=("clinical_trials", "mlops", "retraining"),
+    cron="0 0 * * 0",
+    edges=(
+        *_chain(
+            "start_retraining",
+            "check_retraining_conditions",
+            "prepare_training_data",
+            "retrain_model",
+            "evaluate_retrained_model",
+            "compare_models",
+            "deploy_new_model",
+            "rollback_if_needed",
+            "end_retraining",
+        ),
+        *_chain("check_retraining_conditions", "skip_retraining", "end_retraining"),
+    ),
+)
+
+FEATURE_BACKFILL = Pipeline(
+    name="feature_backfill",
+    description="Feature store backfill from historical data",
+    tags=("clinical_trials", "feature_store", "backfill"),
+    cron=None,
+    edges=_chain(
+        "start_backfill",
+        "extract_historical_data",
+        "validate_historical_data",
+        "engineer_features",
+        "validate_features",
+        "load_to_feature_store",
+        "verify_feature_store",
+        "generate_backfill_report",
+        "end_backfill",
+    ),
+)
+
+PIPELINES = (
+    CLINICAL_DATA_PIPELINE,
+    MODEL_MONITORING,
+    DATA_QUALITY_MONITORING,
+    SCHEDULED_RETRAINING,
+    FEATURE_BACKFILL,
+)

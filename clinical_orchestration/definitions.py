@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import dagster as dg
 
-from clinical_orchestration.defs import deployment, features, ingestion, quality, training
-from clinical_orchestration.defs.pipelines import clinical_data_pipeline, clinical_data_pipeline_schedule
+from clinical_orchestration.defs import (
+    backfill,
+    data_quality,
+    deployment,
+    features,
+    ingestion,
+    monitoring,
+    quality,
+    retraining,
+    sensors,
+    training,
+)
+from clinical_orchestration.defs.pipelines import JOBS, SCHEDULES
 from clinical_orchestration.resources import build_resources
+
+STAGES = (ingestion, features, training, deployment, quality, data_quality, monitoring, retraining, backfill)
 
 
 def build_definitions(resources: dict[str, object] | None = None) -> dg.Definitions:
     """Return the definitions; `resources` replaces those of the deployment by key."""
-    stages = (ingestion, features, training, deployment, quality)
     return dg.Definitions(
-        assets=[asset for stage in stages for asset in stage.ASSETS],
-        jobs=[clinical_data_pipeline],
-        schedules=[schedule for schedule in (clinical_data_pipeline_schedule,) if schedule is not None],
+        assets=[asset for stage in STAGES for asset in stage.ASSETS],
+        jobs=JOBS,
+        schedules=SCHEDULES,
+        sensors=sensors.SENSORS,
         resources={**build_resources(), **(resources or {})},
     )
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import dagster as dg
 
-from clinical_orchestration.contract import CLINICAL_DATA_PIPELINE, OWNER, Pipeline
+from clinical_orchestration.contract import (
+    CLINICAL_DATA_PIPELINE,
+    DATA_QUALITY_MONITORING,
+    FEATURE_BACKFILL,
+    MODEL_MONITORING,
+    OWNER,
+    SCHEDULED_RETRAINING,
+    Pipeline,
+)
+from clinical_orchestration.defs import backfill, data_quality, monitoring, retraining
 
 EXCLUSIVE_TAG = "clinical/exclusive"
 
@@ -46,4 +55,19 @@ clinical_data_pipeline = pipeline_job(
     CLINICAL_DATA_PIPELINE,
     dg.AssetSelection.groups("ingestion", "lakehouse", "features", "training", "deployment", "quality"),
 )
-clinical_data_pipeline_schedule = pipeline_schedule(CLINICAL_DATA_PIPELINE, clinical_data_pipeline)
+_GROUPS = (
+    (MODEL_MONITORING, "monitoring", monitoring.ASSETS),
+    (DATA_QUALITY_MONITORING, "data_quality", data_quality.ASSETS),
+    (SCHEDULED_RETRAINING, "retraining", retraining.ASSETS),
+    (FEATURE_BACKFILL, "backfill", backfill.ASSETS),
+)
+_JOBS = {
+    CLINICAL_DATA_PIPELINE: clinical_data_pipeline,
+    **{
+        pipeline: pipeline_job(pipeline, dg.AssetSelection.groups(group))
+        for pipeline, group, assets in _GROUPS
+        if assets
+    },
+}
+JOBS = list(_JOBS.values())
+SCHEDULES = [schedule for pipeline, job in _JOBS.items() if (schedule := pipeline_schedule(pipeline, job)) is not None]

@@ -137,6 +137,9 @@ class TrialProfile(_Model):
     features: FeatureSettings
     target: Target
     observed_until: Literal["treatment_end", "last_record"]
+    clock: Literal["wall", "data"] = Field(
+        "wall", description="What 'now' is for freshness and outcomes: the wall clock, or the trial's newest record"
+    )
     promotion: Promotion
     risk_bands: RiskBands
     online: Online

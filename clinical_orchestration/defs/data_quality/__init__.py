@@ -1,0 +1,7 @@
+"""Data quality monitoring."""
+
+import dagster as dg
+
+ASSETS: list[dg.AssetsDefinition] = []
+
+__all__ = ["ASSETS"]

@@ -1,0 +1,1 @@
+"""How a served model does: outcomes, performance over time, drift of data and of the concept. Pure: no I/O."""
