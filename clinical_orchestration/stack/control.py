@@ -25,9 +25,10 @@ from clinical_orchestration.stack.engine import (
     taken_port,
 )
 from clinical_orchestration.stack.model import Event, OnEvent, ServiceStatus, StackError, StackStatus, State
+from clinical_orchestration.stack.ports import port_is_free
 from clinical_orchestration.stack.process import Identity, disk_cure, log_tail, spawn_detached
 from clinical_orchestration.stack.services import Context, ServiceSpec, base_environment, specs
-from clinical_orchestration.stack.settings import StackSettings, port_is_free, port_variable, write_private
+from clinical_orchestration.stack.settings import StackSettings, port_variable, write_private
 from clinical_orchestration.stack.supervisor import take_lock
 
 POLL_SECONDS = 0.1
@@ -53,6 +54,7 @@ def start(settings: StackSettings, level: int, on_event: OnEvent | None) -> Stac
             stale.unlink(missing_ok=True)
         log = paths.log_file(settings.home, "supervisor")
         log_from = log.stat().st_size if log.exists() else 0
+        settings.release_ports()  # the supervisor reserves them, for as long as it runs
         process = spawn_detached(
             [sys.executable, "-m", "clinical_orchestration.stack.supervisor", "--home", str(settings.home)],
             log=log,

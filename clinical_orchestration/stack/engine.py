@@ -23,6 +23,7 @@ import psutil
 
 from clinical_orchestration.stack import jars, paths
 from clinical_orchestration.stack.model import Event, ServiceStatus, StackError, State
+from clinical_orchestration.stack.ports import port_is_free
 from clinical_orchestration.stack.process import (
     TOKEN_VARIABLE,
     Identity,
@@ -41,8 +42,6 @@ from clinical_orchestration.stack.services import Context, ServiceSpec, base_env
 from clinical_orchestration.stack.settings import (
     INTERNAL_PORTS,
     StackSettings,
-    free_port,
-    port_is_free,
     port_variable,
     write_private,
 )
@@ -389,7 +388,7 @@ class Unit:
             if port_is_free(settings.ports[name]):
                 continue
             if name in INTERNAL_PORTS and not os.environ.get(port_variable(name)):
-                settings.ports[name] = free_port(settings.ports.values())
+                settings.pick_port(name)
                 with contextlib.suppress(OSError):
                     settings.save()
                 continue

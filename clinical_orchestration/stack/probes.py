@@ -13,7 +13,7 @@ import socket
 import struct
 from datetime import UTC, datetime
 
-from clinical_orchestration.stack.settings import LOOPBACK
+from clinical_orchestration.stack.ports import LOOPBACK
 
 
 class ProbeError(Exception):

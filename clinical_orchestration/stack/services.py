@@ -22,8 +22,9 @@ from pathlib import Path
 from clinical_orchestration.settings import Variables
 from clinical_orchestration.stack import jars, java, paths, probes
 from clinical_orchestration.stack.model import StackError
+from clinical_orchestration.stack.ports import LOOPBACK
 from clinical_orchestration.stack.process import RunAs, launch_command, unprivileged_user
-from clinical_orchestration.stack.settings import LOOPBACK, StackSettings, checkout, scripts_folder, write_private
+from clinical_orchestration.stack.settings import StackSettings, checkout, scripts_folder, write_private
 
 
 @dataclass

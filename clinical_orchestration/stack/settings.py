@@ -11,18 +11,16 @@ import json
 import os
 import secrets as random_secrets
 import shlex
-import socket
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, Field, SecretStr
+from pydantic import BaseModel, Field, PrivateAttr, SecretStr
 
 from clinical_orchestration.stack.model import StackError
-
-LOOPBACK = "127.0.0.1"
+from clinical_orchestration.stack.ports import LOOPBACK, Reservations
 
 PUBLIC_PORTS: dict[str, int] = {
     "postgres": 5433,
@@ -113,6 +111,7 @@ class StackSettings(BaseModel):
     kafka_installed: bool = True
     spark_connectors_installed: bool = True
     overrides: dict[str, str] = Field(default_factory=dict, repr=False)
+    _reservations: Reservations = PrivateAttr(default_factory=Reservations)
 
     @classmethod
     def load(cls, home: Path | None = None, ports: Mapping[str, int] | None = None) -> StackSettings:
@@ -131,16 +130,16 @@ class StackSettings(BaseModel):
         for name, default in (*PUBLIC_PORTS.items(), *((name, 0) for name in INTERNAL_PORTS)):
             wanted = None if running and name in kept else _configured_port(name, ports)
             chosen[name] = wanted if wanted is not None else kept.get(name, default)
-        taken = {port for port in chosen.values() if port}
+        reservations = Reservations()
         for name, port in chosen.items():
             if port == 0:
-                chosen[name] = free_port(taken)
-                taken.add(chosen[name])
+                chosen[name] = reservations.pick(chosen.values())
         double = [name for name in chosen if list(chosen.values()).count(chosen[name]) > 1]
         if double:
             variables = " and ".join(port_variable(name) for name in double)
             raise StackError(f"port {chosen[double[0]]} is set for {', '.join(double)}", f"Change one of {variables}.")
         settings = cls(home=folder, ports=chosen)
+        settings._reservations = reservations
         settings.refresh_installed()
         return settings
 
@@ -156,6 +155,19 @@ class StackSettings(BaseModel):
                 runs_java = False
         self.kafka_installed = runs_java and jars.installed(self.jars, "kafka")
         self.spark_connectors_installed = runs_java and jars.installed(self.jars, "spark")
+
+    def hold_ports(self) -> None:
+        """Reserve the ports of this stack for as long as this object lives, so that no other stack picks them."""
+        for port in self.ports.values():
+            self._reservations.reserve(port)
+
+    def release_ports(self) -> None:
+        """Give up the reservations, for another process of this stack to take over."""
+        self._reservations.close()
+
+    def pick_port(self, name: str) -> None:
+        """Give a service another port, one that is free and reserved."""
+        self.ports[name] = self._reservations.pick(self.ports.values())
 
     def save(self) -> None:
         """Keep the ports in the home, readable by its owner only."""
@@ -245,29 +257,6 @@ def scripts_folder() -> str:
 def port_variable(name: str) -> str:
     """Return the environment variable that sets a port."""
     return f"CLINICAL_PORT_{name.upper()}"
-
-
-def free_port(taken: Iterable[int] = ()) -> int:
-    """Return a TCP port on loopback that nobody listens on, below the range that the system hands out itself."""
-    avoid = set(taken)
-    for _ in range(500):
-        port = 20000 + random_secrets.randbelow(12000)
-        if port not in avoid and port_is_free(port):
-            return port
-    raise StackError("no free port found between 20000 and 32000", "Set the CLINICAL_PORT_* variables.")
-
-
-def port_is_free(port: int) -> bool:
-    """Whether a server could listen on this port of loopback now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # connections of an earlier server in TIME_WAIT do not hinder the next one
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((LOOPBACK, port))
-            probe.listen(1)
-        except OSError:
-            return False
-    return True
 
 
 def write_private(path: Path, text: str) -> None:

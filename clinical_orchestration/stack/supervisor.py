@@ -194,6 +194,7 @@ def supervise(home: Path) -> int:
     if lock is None:
         return ALREADY_RUNS
     settings = StackSettings.load(home)
+    settings.hold_ports()
     supervisor = Supervisor(settings)
     signal.signal(signal.SIGTERM, lambda *_: supervisor.end())
     signal.signal(signal.SIGINT, lambda *_: supervisor.end())

@@ -13,7 +13,7 @@ import pytest
 from clinical_orchestration.stack import jars
 from clinical_orchestration.stack.jars import Jar
 from clinical_orchestration.stack.model import StackError
-from clinical_orchestration.stack.settings import free_port
+from clinical_orchestration.stack.ports import Reservations
 
 CONTENT = {f"/org/example/{name}.jar": name.encode() * 5000 for name in ("one", "two", "three")}
 
@@ -95,7 +95,7 @@ def test_an_unfinished_download_is_continued(repository: str, tmp_path: Path) ->
 
 def test_an_unreachable_repository_says_how_to_get_on(tmp_path: Path) -> None:
     with pytest.raises(StackError, match="cannot be reached") as raised:
-        jars.install(tmp_path, lock(), f"http://127.0.0.1:{free_port()}")
+        jars.install(tmp_path, lock(), f"http://127.0.0.1:{Reservations().pick()}")
 
     assert "CLINICAL_MAVEN_URL" in raised.value.cure
     assert "CLINICAL_JARS" in raised.value.cure

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import stat
 import subprocess
 from pathlib import Path
@@ -13,7 +12,8 @@ import pytest
 
 from clinical_orchestration.settings import ClientSettings
 from clinical_orchestration.stack.model import StackError
-from clinical_orchestration.stack.settings import PUBLIC_PORTS, StackSettings, port_is_free, port_variable
+from clinical_orchestration.stack.ports import port_is_free
+from clinical_orchestration.stack.settings import PUBLIC_PORTS, StackSettings, port_variable
 
 
 @pytest.fixture(autouse=True)
@@ -112,13 +112,6 @@ def test_a_shell_takes_the_exported_lines(tmp_path: Path) -> None:
     assert dagster_home == str(home / "dagster")
     assert allow_http == "true"
     assert (Path(first_folder) / "dagster").exists()
-
-
-def test_a_listening_port_is_not_free() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        assert not port_is_free(port)
-    assert port_is_free(port)
 
 
 def test_the_variable_of_a_port_is_named_after_it() -> None:
