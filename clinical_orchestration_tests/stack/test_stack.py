@@ -17,8 +17,8 @@ import pytest
 from clinical_orchestration.stack import client, control, engine, jars, java, paths, services, supervisor
 from clinical_orchestration.stack.engine import Engine
 from clinical_orchestration.stack.model import Event, StackError, StackStatus, State
-from clinical_orchestration.stack.services import Context, ServiceSpec, with_needs
 from clinical_orchestration.stack.ports import LOOPBACK
+from clinical_orchestration.stack.services import Context, ServiceSpec, with_needs
 from clinical_orchestration.stack.settings import INTERNAL_PORTS, PUBLIC_PORTS, StackSettings
 from clinical_orchestration.stack.testing import NotInstalledError, embedded
 
