@@ -54,8 +54,8 @@ def main() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # after the change of user, which clears it
     if parent > 0 and os.getppid() != parent:
         sys.exit("the parent has ended")
-    # Python ignores these two and the program would inherit that
-    for name in ("SIGPIPE", "SIGXFSZ"):
+    # Python ignores the first two, and who starts the stack may have the others ignored: the program would inherit that
+    for name in ("SIGPIPE", "SIGXFSZ", "SIGTERM", "SIGINT", "SIGQUIT"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     os.execvp(command[0], command)  # noqa: S606 - becoming the program is the purpose
 

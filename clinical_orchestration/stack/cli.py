@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -784,6 +785,9 @@ def _find_room_for_jars() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; return its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        # some starters (cron wrappers, su) leave it ignored, and no child could then be ended politely
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     as_json = "--json" in (given[: given.index("--test")] if "--test" in given else given)
     display = Display(quiet=as_json)
     commands: Commands | None = None
