@@ -17,6 +17,7 @@ from clinical_orchestration.trials import TrialProfile, available_trials, load_t
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from clinical_orchestration.alerts.model import Notifier
     from clinical_orchestration.stores.kafka import Producer, TopicAdmin, TopicReader
     from clinical_orchestration.stores.objects import Objects
     from clinical_orchestration.stores.online import OnlineStore
@@ -182,6 +183,16 @@ class ServingResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return ServingClient(ClientSettings().serving_url)
 
 
+class AlertsResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """Who tells people: Slack and e-mail where they are configured, always the log and, by the database, the page."""
+
+    def create_resource(self, context: dg.InitResourceContext) -> Notifier:
+        """Return the notifier; its channels are read from variables and environment for each message."""
+        from clinical_orchestration.stores.alerts import build_notifier
+
+        return build_notifier()
+
+
 def build_resources() -> dict[str, Any]:
     """Return the resources of a deployment, configured from the environment."""
     return {
@@ -193,4 +204,5 @@ def build_resources() -> dict[str, Any]:
         "registry": RegistryResource(),
         "objects": ObjectsResource(),
         "serving": ServingResource(),
+        "alerts": AlertsResource(),
     }

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from clinical_orchestration.alerts.model import Alert
 from clinical_orchestration.stores.tables import (
     COMMIT_VERSION,
     Maintenance,
@@ -194,3 +195,19 @@ class InMemoryTableStore:
             "operation": operation,
         }
         table.versions.append(_Version(rows, appended, commit))
+
+
+class RecordingNotifier:
+    """A :class:`clinical_orchestration.alerts.model.Notifier` that keeps what it was told, in order."""
+
+    def __init__(self) -> None:
+        self.sent: list[Alert] = []
+        self.resolved: list[str] = []
+
+    def send(self, alert: Alert) -> bool:
+        self.sent.append(alert)
+        return True
+
+    def resolve(self, key: str, note: str = "") -> bool:
+        self.resolved.append(key)
+        return any(alert.key == key for alert in self.sent)
