@@ -26,6 +26,7 @@ Kind = Literal["ok", "broken", "duplicate", "late"]
 
 VERSION = 1  # part of the simulation's identity: raise it when the same settings give other bytes
 SCHEMA_VERSION = "1.2"
+SILENT = "silent"
 
 _PER_SUBJECT_DAY = 24 + len(LABS) + 1.2  # messages at hourly vitals, for sizing only
 _RACES = ("WHITE", "BLACK OR AFRICAN AMERICAN", "ASIAN", "OTHER")
@@ -122,7 +123,8 @@ class GroundTruth:
 
 def simulation_id(settings: SimulationSettings, study_id: str, messages: int | None = None) -> str:
     """Return the identity of a simulation, 16 hex digits: equal identities mean equal bytes."""
-    what = [VERSION, np.__version__.split(".")[0], study_id, messages, settings.model_dump(mode="json")]
+    content = settings.model_dump(mode="json", exclude=None if settings.incidents else {"incidents"})
+    what = [VERSION, np.__version__.split(".")[0], study_id, messages, content]
     return hashlib.sha256(orjson.dumps(what, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
@@ -226,7 +228,7 @@ class _Simulation:
         hour = (now // 3_600_000) % 24
         times = np.maximum(now + self.minute_ms, self.enrolled_ms + self.lead_ms)
         stamps = _iso(times)
-        self.vitals(times, stamps, active, float(hour))
+        self.vitals(now, times, stamps, active, float(hour))
         day = (now - self.start_ms) // 86_400_000
         # blood is drawn at the first step after 6 o'clock of a day, results come within hours
         due = active & (self.labs_day < day) & (hour >= 6)
@@ -240,7 +242,8 @@ class _Simulation:
         rescue = np.flatnonzero(active & (rng.random(cohort.count) < 0.02 * cohort.severity * self.step_ms / 3_600_000))
         for index in rescue:
             self.medicate(int(index), _RESCUE_DRUGS[int(rng.integers(len(_RESCUE_DRUGS)))], int(times[index]) + 600_000)
-        events = cohort.events()
+        more = self.affected("event_rate", now)
+        events = cohort.events(np.where(more > 0, more, 1.0))
         for index in events[active[events]]:
             self.adverse_event(int(index), now)
 
@@ -264,13 +267,23 @@ class _Simulation:
         for place, drug in enumerate(drugs):
             self.medicate(index, _BASELINE_DRUGS[drug], enrolled + 2000 + 1000 * place)
 
-    def vitals(self, times: Any, stamps: list[str], active: Any, hour: float) -> None:
+    def affected(self, kind: str, now: int) -> Any:
+        """Return the factor of the incidents of a kind for each subject now: 0 where there is none."""
+        factors = np.zeros(self.cohort.count)
+        for incident in self.settings.incidents:
+            if incident.kind == kind and now >= self.start_ms + incident.from_day * 86_400_000:
+                here = True if incident.site is None else self.cohort.site == incident.site - 1
+                factors = np.where(here, incident.factor, factors)
+        return factors
+
+    def vitals(self, now: int, times: Any, stamps: list[str], active: Any, hour: float) -> None:
         cohort, count = self.cohort, self.cohort.count
         values = cohort.vitals(hour)
         taken = self.rng.random((len(VITALS), count)) >= self.settings.missing_rate
         taken[0] |= ~taken.any(axis=0)  # a message has at least one measurement
         delays = self.rng.integers(2_000, 45_000, count)
         columns = [values[vital].tolist() for vital in VITALS]
+        fahrenheit = self.affected("fahrenheit", now)
         for index in np.flatnonzero(active).tolist():
             record: dict[str, Any] = {
                 "patient_id": self.ids[index],
@@ -285,7 +298,12 @@ class _Simulation:
             record["trial_site"] = self.site_names[cohort.site[index]]
             record["trial_arm"] = self.settings.arms[cohort.arm[index]]
             moment = int(times[index])
-            self.send("patient_vitals", index, record, moment, moment + int(delays[index]))
+            wrong = bool(fahrenheit[index]) and "temperature" in record
+            if wrong:
+                record["temperature"] = round(record["temperature"] * 1.8 + 32, 1)
+            self.send(
+                "patient_vitals", index, record, moment, moment + int(delays[index]), "fahrenheit" if wrong else None
+            )
 
     def labs(self, now: int, due: Any) -> None:
         cohort, rng, count = self.cohort, self.rng, self.cohort.count
@@ -294,6 +312,7 @@ class _Simulation:
         stamps = _iso(drawn)
         done = rng.random((len(LABS), count)) >= self.settings.missing_rate
         delays = rng.integers(3_600_000, 4 * 3_600_000, count)
+        silent = self.affected("silent_lab", now) > 0
         for place, lab in enumerate(LABS):
             column = values[lab.code].tolist()
             for index in np.flatnonzero(due & done[place]).tolist():
@@ -309,7 +328,8 @@ class _Simulation:
                     "lab_id": f"LAB-{cohort.site[index] + 1:03d}",
                 }
                 moment = int(drawn[index])
-                self.send("lab_results", index, record, moment, moment + int(delays[index]) + 50 * place)
+                arrival = moment + int(delays[index]) + 50 * place
+                self.send("lab_results", index, record, moment, arrival, SILENT if silent[index] else None)
 
     def doses(self, times: Any, stamps: list[str], due: Any) -> None:
         for index in np.flatnonzero(due).tolist():
@@ -358,26 +378,45 @@ class _Simulation:
         }
         self.send("adverse_events", index, record, onset, onset + delay)
 
-    def send(self, domain: str, index: int, record: dict[str, Any], event_ms: int, arrival_ms: int) -> None:
-        """Put a message on its way, with the fate that its draw gives it."""
+    def send(
+        self,
+        domain: str,
+        index: int,
+        record: dict[str, Any],
+        event_ms: int,
+        arrival_ms: int,
+        incident: str | None = None,
+    ) -> None:
+        """Put a message on its way, with the fate that its draw gives it.
+
+        An `incident` decides instead of the fate, which is drawn all the same: other messages stay as they are.
+        """
         if not self.fates:
             self.fates = self.fate.random(4096).tolist()
         fate = self.fates.pop()
         key = self.keys[index]
+        value: bytes | None
+        kind: Kind = "ok"
+        fault, again = None, 0
         if fate < self.broken_below:
             names = FAULTS[domain]
-            fault = names[int(self.fate.integers(len(names)))]
-            wrong = broken(fault, record, self.fate)
-            self.push(SimulatedMessage(-1, domain, key, wrong, arrival_ms, event_ms, "broken", fault))
+            kind, fault = "broken", names[int(self.fate.integers(len(names)))]
+            value = broken(fault, record, self.fate)
+        else:
+            value = orjson.dumps(record)
+            if fate < self.late_below:
+                kind = "late"
+                delay = int(self.fate.integers(6 * 3_600_000, 48 * 3_600_000))
+                arrival_ms += 0 if incident else delay
+            elif fate < self.twice_below:
+                again = arrival_ms + int(self.fate.integers(1_000, 6 * 3_600_000))
+        if incident == SILENT:
             return
-        value = orjson.dumps(record)
-        if fate < self.late_below:
-            arrival_ms += int(self.fate.integers(6 * 3_600_000, 48 * 3_600_000))
-            self.push(SimulatedMessage(-1, domain, key, value, arrival_ms, event_ms, "late", None, record))
-            return
-        self.push(SimulatedMessage(-1, domain, key, value, arrival_ms, event_ms, "ok", None, record))
-        if fate < self.twice_below:
-            again = arrival_ms + int(self.fate.integers(1_000, 6 * 3_600_000))
+        if incident is not None and kind != "broken":
+            kind, fault, again = "broken", incident, 0
+        known = None if kind == "broken" else record
+        self.push(SimulatedMessage(-1, domain, key, value, arrival_ms, event_ms, kind, fault, known))
+        if again:
             self.push(SimulatedMessage(-1, domain, key, value, again, event_ms, "duplicate", None, record))
 
     def push(self, message: SimulatedMessage) -> None:

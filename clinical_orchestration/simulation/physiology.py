@@ -162,7 +162,10 @@ class Cohort:
         background = _BACKGROUND_PER_DAY * self.frailty * (1 + 0.5 * self._dose)
         return background + _DRIVEN_PER_DAY * self.severity**_DRIVEN_POWER
 
-    def events(self) -> Ints:
-        """Return the indices of the subjects for whom an adverse event starts in this step."""
-        chance = 1 - np.exp(-self.event_rate() * self._step / 24)
+    def events(self, factor: float | Floats = 1.0) -> Ints:
+        """Return the indices of the subjects for whom an adverse event starts in this step.
+
+        `factor`, one for all or one a subject, multiplies the hazard.
+        """
+        chance = 1 - np.exp(-self.event_rate() * factor * self._step / 24)
         return np.flatnonzero(self._rng.random(self.count) < chance)

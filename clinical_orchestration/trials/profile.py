@@ -45,6 +45,18 @@ class FileSource(_Model):
     domains: tuple[str, ...] = ("dm", "vs", "lb", "ae", "ex", "cm")
 
 
+class Incident(_Model):
+    """Something that goes wrong in a simulated trial, from a day of it on."""
+
+    kind: Literal["fahrenheit", "silent_lab", "event_rate"] = Field(
+        description="a site's thermometer reads Fahrenheit, a site's laboratory sends nothing more, or adverse events "
+        "happen `factor` times as often at the same state of health"
+    )
+    from_day: float = Field(ge=0, description="days after the start of the simulation")
+    site: int | None = Field(None, ge=1, description="number of the site, from 1; None: all sites")
+    factor: float = Field(2.0, gt=0, description="of event_rate")
+
+
 class SimulationSettings(_Model):
     """Defaults of the seeded simulator for this trial; rates are shares of all messages."""
 
@@ -59,6 +71,7 @@ class SimulationSettings(_Model):
     duplicate_rate: float = 0.005
     late_rate: float = 0.01
     missing_rate: float = 0.02
+    incidents: tuple[Incident, ...] = ()
 
 
 class Sources(_Model):

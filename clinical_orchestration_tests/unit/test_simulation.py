@@ -17,7 +17,7 @@ from clinical_orchestration.simulation.physiology import VITALS, Cohort
 from clinical_orchestration.transforms.decode import decode
 from clinical_orchestration.transforms.messages import validate_message
 from clinical_orchestration.trials import load_trial
-from clinical_orchestration.trials.profile import SimulationSettings
+from clinical_orchestration.trials.profile import Incident, SimulationSettings
 
 SETTINGS = SimulationSettings(seed=3, sites=3, days=6, broken_rate=0.05, duplicate_rate=0.03, late_rate=0.03)
 STUDY = "SIM01"
@@ -211,3 +211,57 @@ def test_adverse_events_can_be_predicted_but_not_perfectly() -> None:
         assert 0.04 < labels.mean() < 0.25
         scores.append(roc_auc_score(labels, np.concatenate([rates[t] for t in times])))
     assert 0.8 < np.mean(scores) < 0.93
+
+
+def with_incidents(*incidents: Incident) -> list:  # type: ignore[type-arg]
+    settings = SETTINGS.model_copy(update={"subjects": 60, "incidents": incidents})
+    return list(simulate(settings, STUDY))
+
+
+@pytest.fixture(scope="module")
+def calm() -> list:  # type: ignore[type-arg]
+    return with_incidents()
+
+
+def day_of(message) -> float:  # type: ignore[no-untyped-def]
+    start = datetime.fromisoformat(SETTINGS.start).timestamp() * 1000
+    return (message.event_ms - start) / 86_400_000
+
+
+def test_a_fahrenheit_thermometer_breaks_the_messages_of_its_site_from_its_day_on(calm) -> None:  # type: ignore[no-untyped-def]
+    found = with_incidents(Incident(kind="fahrenheit", from_day=3, site=2))
+    wrong = [m for m in found if m.fault == "fahrenheit"]
+    assert {m.key.split(b"-")[1] for m in wrong} == {b"002"}
+    assert min(day_of(m) for m in wrong) >= 3
+    assert all(validate_message(m.domain, m.value, now=m.arrival) for m in wrong)
+    others = [m.value for m in found if m.domain == "patient_vitals" and b"-002-" not in m.key]
+    assert others == [m.value for m in calm if m.domain == "patient_vitals" and b"-002-" not in m.key]
+
+
+def test_a_silent_lab_sends_nothing_more(calm) -> None:  # type: ignore[no-untyped-def]
+    found = with_incidents(Incident(kind="silent_lab", from_day=3, site=1))
+
+    def labs(messages, site: bytes) -> list:  # type: ignore[no-untyped-def,type-arg]
+        return [m for m in messages if m.domain == "lab_results" and m.key.split(b"-")[1] == site]
+
+    # blood is drawn within minutes of the incident's start at the latest
+    assert max(day_of(m) for m in labs(found, b"001")) < 3.1
+    assert max(day_of(m) for m in labs(calm, b"001")) > 5
+    assert len(labs(found, b"002")) == len(labs(calm, b"002"))
+
+
+def test_a_higher_event_rate_gives_more_events_after_its_day_only(calm) -> None:  # type: ignore[no-untyped-def]
+    found = with_incidents(Incident(kind="event_rate", from_day=3, factor=3))
+
+    def events(messages, after: bool) -> int:  # type: ignore[no-untyped-def]
+        return sum(m.domain == "adverse_events" and (day_of(m) >= 3) == after for m in messages)
+
+    assert events(found, after=False) == events(calm, after=False)
+    assert events(found, after=True) > 2 * events(calm, after=True)
+
+
+def test_a_simulation_without_incidents_keeps_its_identity() -> None:
+    identity = simulation_id(load_trial("simulated").sources.simulation, "SIMULATED01")
+    assert identity == "5c836c3fb08abdfd"
+    stormy = SETTINGS.model_copy(update={"incidents": (Incident(kind="silent_lab", from_day=1),)})
+    assert simulation_id(stormy, STUDY) != simulation_id(SETTINGS, STUDY)
