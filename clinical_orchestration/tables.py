@@ -20,6 +20,8 @@ FEATURES = "gold/patient_features"
 TRAINING_SET = "gold/training_set"
 PREDICTIONS = "gold/predictions"
 PREDICTION_OUTCOMES = "gold/prediction_outcomes"
+MODEL_PERFORMANCE = "monitoring/model_performance"
+DATA_DRIFT = "monitoring/data_drift"
 
 
 def bronze(domain: str) -> str:
@@ -174,6 +176,86 @@ PREDICTIONS_COLUMNS: dict[str, str] = {
     "feature_age_seconds": "double",
     "stale": "boolean",
     "features": "string",  # JSON object, as given to the model
+}
+
+# at most one row a prediction, written once its horizon has passed and was observed
+PREDICTION_OUTCOMES_COLUMNS: dict[str, str] = {
+    "prediction_id": "string",
+    "trial": "string",
+    "patient_id": "string",
+    "model_name": "string",
+    "model_version": "string",
+    "predicted_at": "timestamp",
+    "index_time": "timestamp",  # the features' time, else when the prediction was made
+    "horizon_end": "timestamp",
+    "probability": "double",
+    "risk_band": "string",
+    "outcome": "int",  # 1: an adverse event started in (index_time, horizon_end]
+    "event_time": "timestamp",  # the first such onset
+    "site": "string",
+    "sex": "string",
+    "arm": "string",  # as treated where known, else as planned
+    "recorded_at": "timestamp",
+}
+
+# one row a run, window and segment; a metric is null where the rows do not determine it
+MODEL_PERFORMANCE_COLUMNS: dict[str, str] = {
+    "trial": "string",
+    "model_name": "string",
+    "model_version": "string",
+    "run_id": "string",
+    "computed_at": "timestamp",
+    "as_of": "timestamp",  # the trial's present
+    "span": "string",  # "current": the window that decides; "all": every outcome of the version; "window": one of a row
+    "window_start": "timestamp",  # of index times, exclusive
+    "window_end": "timestamp",
+    "attribute": "string",  # "all", "site", "sex" or "arm"
+    "value": "string",
+    "rows": "long",  # null, as the other figures, where fewer than five subjects would be shown
+    "subjects": "long",
+    "events": "long",
+    "mean_probability": "double",
+    "auroc": "double",
+    "auroc_lower": "double",
+    "auroc_upper": "double",
+    "auprc": "double",
+    "auprc_lower": "double",
+    "auprc_upper": "double",
+    "brier": "double",
+    "brier_lower": "double",
+    "brier_upper": "double",
+    "ece": "double",
+    "ece_lower": "double",
+    "ece_upper": "double",
+    "baseline_auroc": "double",  # of the version's own evaluation
+    "status": "string",
+    "note": "string",
+}
+
+# one row a run, source and feature
+DATA_DRIFT_COLUMNS: dict[str, str] = {
+    "trial": "string",
+    "model_name": "string",
+    "model_version": "string",
+    "run_id": "string",
+    "computed_at": "timestamp",
+    "as_of": "timestamp",
+    "source": "string",  # "features": gold/patient_features; "predictions": what the model was asked about
+    "feature": "string",
+    "test": "string",  # "ks" or "chi2"
+    "statistic": "double",
+    "p_value": "double",
+    "q_value": "double",  # adjusted for the number of features
+    "psi": "double",
+    "jensen_shannon": "double",  # bits
+    "missing_reference": "double",
+    "missing_current": "double",
+    "mean_reference": "double",
+    "mean_current": "double",
+    "ageing": "boolean",  # moves with time in the trial: reported, raises nothing
+    "drifted": "boolean",
+    "reference_rows": "long",
+    "current_rows": "long",
 }
 
 _ARROW_TYPES = {

@@ -186,6 +186,9 @@ def known_schema(name: str) -> pa.Schema | None:
         names.DUPLICATES: names.DUPLICATES_COLUMNS,
         names.FEATURES: names.FEATURE_KEY_COLUMNS,
         names.PREDICTIONS: names.PREDICTIONS_COLUMNS,
+        names.PREDICTION_OUTCOMES: names.PREDICTION_OUTCOMES_COLUMNS,
+        names.MODEL_PERFORMANCE: names.MODEL_PERFORMANCE_COLUMNS,
+        names.DATA_DRIFT: names.DATA_DRIFT_COLUMNS,
     }.get(name)
     if columns is None and domain in names.DOMAINS:
         columns = {"bronze": names.BRONZE_COLUMNS, "silver": names.SILVER_COLUMNS[domain]}.get(layer)
