@@ -219,7 +219,9 @@ def decision_table(decision: Decision) -> str:
     rows = [
         (
             check.description, "not determined" if check.value is None else f"{check.value:.4f}",
-            f"{check.comparison} {check.bound:.4f}", "pass" if check.passed else "**fail**",
+            f"{check.comparison} {check.bound:.4f}",
+            # a benefit that is not shown refuses nothing: it only makes the difference between challenger and champion
+            "pass" if check.passed else "no" if check.name.endswith("_benefit") else "**fail**",
         )
         for check in decision.checks
     ]  # fmt: skip

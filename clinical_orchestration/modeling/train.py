@@ -54,6 +54,9 @@ HYPER_PARAMETERS: dict[str, dict[str, float | int | str]] = {
 }  # fmt: skip
 
 
+Parameters = Mapping[str, Mapping[str, float | int | str]]
+"""Hyper-parameters by member; those that are absent keep their default of :data:`HYPER_PARAMETERS`."""
+
 _IMPORTANCE_ROWS = 2000  # held-out rows a fold that measure importance
 _CELLS = 5_000_000  # of a matrix that is built on the way: 40 MB
 
@@ -62,14 +65,44 @@ class TrainingDataError(ValueError):
     """The rows cannot be trained on; the message says what is missing, in counts."""
 
 
-def hyper_parameters() -> dict[str, str]:
+def with_defaults(parameters: Parameters | None = None) -> dict[str, dict[str, float | int | str]]:
+    """Return the hyper-parameters of every member: those given, else the default.
+
+    Raises:
+        ValueError: a member or a hyper-parameter is unknown.
+    """
+    merged = {member: dict(values) for member, values in HYPER_PARAMETERS.items()}
+    for member, values in (parameters or {}).items():
+        unknown = [name for name in values if name not in merged.get(member, {})]
+        if member not in merged or unknown:
+            raise ValueError(f"there is no hyper-parameter {member}.{unknown[0] if unknown else '*'}")
+        merged[member].update(values)
+    return merged
+
+
+def hyper_parameters(parameters: Parameters | None = None) -> dict[str, str]:
     """Return every hyper-parameter as ``member.name`` -> text, for the experiment tracker and the fingerprint."""
     return {
-        f"{member}.{name}": str(value) for member, values in HYPER_PARAMETERS.items() for name, value in values.items()
+        f"{member}.{name}": str(value)
+        for member, values in with_defaults(parameters).items()
+        for name, value in values.items()
     }
 
 
-def candidates(seed: int, features: int = 200, rows: int = 2000) -> dict[str, EstimatorFactory]:
+def parse_hyper_parameters(texts: Mapping[str, str]) -> dict[str, dict[str, float | int | str]]:
+    """Return what :func:`hyper_parameters` wrote, as numbers where it were numbers; other entries are left out."""
+    found: dict[str, dict[str, float | int | str]] = {}
+    for key, text in texts.items():
+        member, _, name = key.partition(".")
+        default = HYPER_PARAMETERS.get(member, {}).get(name)
+        if default is not None:
+            found.setdefault(member, {})[name] = type(default)(text)
+    return found
+
+
+def candidates(
+    seed: int, features: int = 200, rows: int = 2000, parameters: Parameters | None = None
+) -> dict[str, EstimatorFactory]:
     """Return the candidate models by name; calling a value gives a new, unfitted scikit-learn estimator.
 
     All take missing values: the logistic regression imputes the median and adds an indicator a feature with gaps, the
@@ -80,7 +113,12 @@ def candidates(seed: int, features: int = 200, rows: int = 2000) -> dict[str, Es
         features: Number of features. The ridge of the logistic regression grows with it, so that the log odds have the
             same variance beforehand whether a trial has ten features or three hundred.
         rows: Number of rows. Each tree of the forest draws 70 % of them, at most 6,000, so that its time stays bounded.
+        parameters: Hyper-parameters other than the defaults.
+
+    Raises:
+        ValueError: a hyper-parameter is unknown.
     """
+    chosen = with_defaults(parameters)
 
     def logistic_regression() -> Any:
         from sklearn.impute import SimpleImputer
@@ -88,7 +126,7 @@ def candidates(seed: int, features: int = 200, rows: int = 2000) -> dict[str, Es
         from sklearn.pipeline import Pipeline
         from sklearn.preprocessing import StandardScaler
 
-        own = HYPER_PARAMETERS["logistic_regression"]
+        own = chosen["logistic_regression"]
         ridge = float(own["log_odds_variance"]) / max(1, features)
         return Pipeline(
             [
@@ -102,7 +140,7 @@ def candidates(seed: int, features: int = 200, rows: int = 2000) -> dict[str, Es
     def random_forest() -> Any:
         from sklearn.ensemble import RandomForestClassifier
 
-        own = dict(HYPER_PARAMETERS["random_forest"])
+        own: dict[str, Any] = dict(chosen["random_forest"])
         share = min(float(own.pop("sampled_share")), float(own.pop("sampled_rows")) / max(1, rows))
         return RandomForestClassifier(random_state=seed, n_jobs=_cores(), max_samples=share, **own)
 
@@ -112,7 +150,7 @@ def candidates(seed: int, features: int = 200, rows: int = 2000) -> dict[str, Es
         # one thread: at this size faster than two, and the sums do not depend on the machine's core count
         return XGBClassifier(
             random_state=seed, n_jobs=1, tree_method="hist", objective="binary:logistic",
-            **HYPER_PARAMETERS["xgboost"],
+            **chosen["xgboost"],
         )  # fmt: skip
 
     def ensemble() -> Any:
@@ -228,19 +266,23 @@ class TrainingData:
         return pd.DataFrame([np.round(medians, 4)], columns=list(self.feature_names))
 
 
-def fingerprint(data: TrainingData, *, trial: str, seed: int, folds: int) -> str:
+def fingerprint(
+    data: TrainingData, *, trial: str, seed: int, folds: int, extra: Mapping[str, Any] | None = None
+) -> str:
     """Return a SHA-256 of everything that determines a model: equal fingerprints, equal models.
 
     Made of the training rows, the trial, features, hyper-parameters, seed, folds, the code version and the versions of
-    the libraries that fit the models.
+    the libraries that fit the models, and of `extra`: JSON-ready values of whatever else decides, such as a search.
     """
     from importlib.metadata import version
 
     libraries = {"scikit-learn": version("scikit-learn"), "xgboost": _xgboost_version()}
-    parts = {
+    parts: dict[str, Any] = {
         "rows": data.digest(), "trial": trial, "seed": seed, "folds": folds, "code": TRAINING_CODE_VERSION,
         "parameters": hyper_parameters(), "libraries": libraries,
     }  # fmt: skip
+    if extra:
+        parts["extra"] = dict(extra)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -416,6 +458,7 @@ def cross_validate(
     folds: int = 5,
     *,
     importances: int = 25,
+    parameters: Parameters | None = None,
 ) -> CrossValidation:
     """Fit every candidate on each set of training folds and keep its probabilities for the held-out subjects.
 
@@ -428,6 +471,7 @@ def cross_validate(
         seed: Of folds and models. The same data and seed give the same result.
         folds: Number of folds.
         importances: How many features get a permutation importance (those the members rank highest on training folds).
+        parameters: Hyper-parameters other than the defaults.
 
     Raises:
         TrainingDataError: the rows do not allow it.
@@ -435,7 +479,7 @@ def cross_validate(
     if not isinstance(data, TrainingData):
         data = TrainingData.from_frame(data, feature_names or ())
     fold = assign_folds(data, seed, folds)
-    factories = candidates(seed, len(data.feature_names), data.rows)
+    factories = candidates(seed, len(data.feature_names), data.rows, parameters)
     probabilities = {name: np.zeros(data.rows) for name in MEMBERS}
     fitted: list[dict[str, Any]] = []
     with _one_thread_each():
@@ -587,7 +631,12 @@ class FittedModel:
 
 
 def fit_final(
-    data: TrainingData | pl.DataFrame, feature_names: Sequence[str] | None = None, name: str = ENSEMBLE, seed: int = 0
+    data: TrainingData | pl.DataFrame,
+    feature_names: Sequence[str] | None = None,
+    name: str = ENSEMBLE,
+    seed: int = 0,
+    *,
+    parameters: Parameters | None = None,
 ) -> FittedModel:
     """Fit the candidate `name` on all rows.
 
@@ -599,7 +648,7 @@ def fit_final(
     """
     if not isinstance(data, TrainingData):
         data = TrainingData.from_frame(data, feature_names or ())
-    factories = candidates(seed, len(data.feature_names), data.rows)
+    factories = candidates(seed, len(data.feature_names), data.rows, parameters)
     if name not in factories:
         raise ValueError(f"there is no candidate {name!r}; there are {', '.join(factories)}")
     if data.rows < MIN_ROWS:
