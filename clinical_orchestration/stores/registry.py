@@ -37,6 +37,8 @@ _T = TypeVar("_T")
 
 EXPERIMENT = "clinical_adverse_events"
 CHAMPION = "champion"
+CHALLENGER = "challenger"
+PREVIOUS_CHAMPION = "previous_champion"
 MODEL_NAME_IN_RUN = "model"
 EVALUATION_FILE = "evaluation.json"
 DECISION_FILE = "decision.json"
@@ -48,6 +50,15 @@ TRAINING_SET_TAG = "training_set_version"
 CANDIDATE_TAG = "candidate"
 DECISION_TAG = "decision"
 LOGGED_TAG = "training_logged"
+
+# the story of a version
+PROMOTION_TAG = "promotion"  # champion, challenger, refused, replaced, rolled back
+PROMOTED_AT_TAG = "promoted_at"
+REPLACED_TAG = "replaced_version"  # the champion before, to go back to
+ROLLED_BACK_AT_TAG = "rolled_back_at"
+ROLLBACK_REASON_TAG = "rollback_reason"
+REASONS_TAG = "decision_reasons"
+TRAINING_ROWS_TAG = "training_rows"
 
 TRUSTED_TYPES = (
     "numpy.dtype",
@@ -75,6 +86,7 @@ _PING_EVERY_SECONDS = 1.0
 _PARAMS_A_BATCH = 100
 _METRICS_A_BATCH = 900
 _DATASET_DIGEST_LENGTH = 36
+_TAG_LENGTH = 4000
 
 
 class RegistryError(RuntimeError):
@@ -161,6 +173,16 @@ class ModelVersionInfo:
     def uri(self) -> str:
         """The address that any MLflow client understands."""
         return f"models:/{self.name}/{self.version}"
+
+    @property
+    def promoted_at(self) -> datetime | None:
+        """When it became champion last; None where it never did, or before times were kept."""
+        return _moment(self.tags.get(PROMOTED_AT_TAG))
+
+    @property
+    def rolled_back(self) -> bool:
+        """Whether it was rolled back: such a version is never promoted again without a hand."""
+        return bool(self.tags.get(ROLLED_BACK_AT_TAG))
 
 
 @dataclass(frozen=True)
@@ -382,6 +404,24 @@ class ModelRegistry:
 
         self._call(f"evaluation of run {run_id}", ask)
 
+    def add_files(self, run_id: str, files: Mapping[str, bytes], *, metrics: Mapping[str, float] | None = None) -> None:
+        """Add artifacts and metrics to a run, which may have ended."""
+
+        def ask() -> None:
+            client = self._client()
+            self._log_files(client, run_id, files)
+            self._log_metrics(client, run_id, metrics or {}, None)
+
+        self._call(f"artifacts of run {run_id}", ask)
+
+    def run_params(self, run_id: str) -> dict[str, str]:
+        """Return the parameters of a run.
+
+        Raises:
+            ModelNotFoundError: there is no such run.
+        """
+        return self._call(f"run {run_id}", lambda: dict(self._client().get_run(run_id).data.params))
+
     def read_file(self, run_id: str, path: str) -> bytes:
         """Return one artifact of a run.
 
@@ -482,26 +522,34 @@ class ModelRegistry:
             client = self._client()
             found = client.get_model_version(model_name, version)
             self._log_files(client, found.run_id, {DECISION_FILE: _json(decision.to_dict())})
-            client.set_model_version_tag(model_name, version, DECISION_TAG, "promote" if decision.promote else "refuse")
-            client.set_model_version_tag(model_name, version, "decision_reasons", "; ".join(decision.reasons))
+            self._tag(
+                client,
+                model_name,
+                version,
+                {DECISION_TAG: decision.outcome, REASONS_TAG: "; ".join(decision.reasons)[:_TAG_LENGTH]},
+            )
 
         self._call(f"decision on {model_name} version {version}", ask)
 
     def champion(self, model_name: str) -> ModelVersionInfo | None:
         """Return the version that the alias ``champion`` points to; None where there is no such model or alias."""
+        return self.by_alias(model_name, CHAMPION)
+
+    def by_alias(self, model_name: str, alias: str) -> ModelVersionInfo | None:
+        """Return the version that an alias points to; None where there is no such model or alias."""
 
         def ask() -> ModelVersionInfo | None:
             from mlflow.exceptions import MlflowException
 
             try:
-                return _version_info(self._client().get_model_version_by_alias(model_name, CHAMPION))
+                return _version_info(self._client().get_model_version_by_alias(model_name, alias))
             except MlflowException as error:
-                absent = error.error_code == "INVALID_PARAMETER_VALUE" and f"alias {CHAMPION} not found" in str(error)
+                absent = error.error_code == "INVALID_PARAMETER_VALUE" and f"alias {alias} not found" in str(error)
                 if absent or error.error_code == "RESOURCE_DOES_NOT_EXIST":
                     return None
                 raise
 
-        return self._call(f"champion of {model_name}", ask)
+        return self._call(f"{alias} of {model_name}", ask)
 
     def set_champion(self, model_name: str, version: str) -> None:
         """Point the alias ``champion`` to a version. The change is atomic: readers see the old or the new version.
@@ -513,6 +561,130 @@ class ModelRegistry:
             f"champion of {model_name}",
             lambda: self._client().set_registered_model_alias(model_name, CHAMPION, str(version)),
         )
+
+    def promote(self, model_name: str, version: str, *, at: datetime | None = None) -> str | None:
+        """Make a version the champion, keep the champion before for a rollback, and tell it in tags.
+
+        Calling it again, such as after a crash half-way, gives the same state. Nothing is lost in between: the alias
+        ``previous_champion`` is set before ``champion`` moves.
+
+        Args:
+            model_name: registered model.
+            version: the new champion.
+            at: when (UTC); now by default.
+
+        Returns:
+            The version that it replaces; None for the first champion.
+
+        Raises:
+            ModelNotFoundError: there is no such version.
+            RegistryError: the version was rolled back, which only a hand undoes (remove its tag rolled_back_at).
+        """
+        version = str(version)
+        moment = (at or datetime.now(UTC)).isoformat(timespec="seconds")
+        before = self.champion(model_name)
+
+        def ask() -> str | None:
+            client = self._client()
+            info = _version_info(client.get_model_version(model_name, version))
+            if info.rolled_back:
+                raise RegistryError(f"{info.uri} was rolled back and is not promoted again; train another version")
+            replaced = info.tags.get(REPLACED_TAG) or None
+            if before is not None and before.version != version:
+                replaced = before.version
+                self._tag(client, model_name, version, {REPLACED_TAG: replaced})
+                client.set_registered_model_alias(model_name, PREVIOUS_CHAMPION, replaced)
+            client.set_registered_model_alias(model_name, CHAMPION, version)
+            self._tag(client, model_name, version, {PROMOTION_TAG: "champion", PROMOTED_AT_TAG: moment})
+            if before is not None and before.version != version:
+                self._tag(client, model_name, before.version, {PROMOTION_TAG: "replaced"})
+            if self._alias_of(client, model_name, CHALLENGER) == version:
+                client.delete_registered_model_alias(model_name, CHALLENGER)
+            return replaced
+
+        return self._call(f"promotion of {model_name} version {version}", ask)
+
+    def set_challenger(self, model_name: str, version: str) -> None:
+        """Point the alias ``challenger`` to a version that waits beside the champion."""
+
+        def ask() -> None:
+            client = self._client()
+            client.set_registered_model_alias(model_name, CHALLENGER, str(version))
+            self._tag(client, model_name, str(version), {PROMOTION_TAG: "challenger"})
+
+        self._call(f"challenger of {model_name}", ask)
+
+    def set_version_tags(self, model_name: str, version: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a version; a text that MLflow would refuse for its length is cut."""
+        self._call(
+            f"tags of {model_name} version {version}",
+            lambda: self._tag(self._client(), model_name, str(version), tags),
+        )
+
+    def rollback_target(self, model_name: str, version: str) -> ModelVersionInfo | None:
+        """Return the version to go back to from champion `version`: the one it replaced, or one before that.
+
+        Versions that were rolled back themselves are passed over. None where there is none.
+        """
+        known = {info.version: info for info in self.versions(model_name)}
+        previous = next((info for info in known.values() if PREVIOUS_CHAMPION in info.aliases), None)
+        here, seen = known.get(str(version)), {str(version)}
+        while here is not None:
+            replaced = here.tags.get(REPLACED_TAG) or (previous.version if previous and len(seen) == 1 else "")
+            if not replaced or replaced in seen:
+                return None
+            seen.add(replaced)
+            here = known.get(replaced)
+            if here is not None and not here.rolled_back:
+                return here
+        return None
+
+    def roll_back(
+        self, model_name: str, version: str, reason: str, *, at: datetime | None = None
+    ) -> ModelVersionInfo | None:
+        """Move ``champion`` from `version` back to :meth:`rollback_target`, and tell it in tags.
+
+        The bad version is tagged first, so that a crash half-way leaves a champion that says of itself that it is to be
+        rolled back; calling it again finishes. The alias ``previous_champion`` then points to what the restored
+        version had replaced, or is removed.
+
+        Args:
+            model_name: registered model.
+            version: the bad champion.
+            reason: why, in words, without an identifier of a patient.
+            at: when (UTC); now by default.
+
+        Returns:
+            The version that is champion now; None where there is no version to go back to: then nothing is changed.
+
+        Raises:
+            RegistryError: `version` is not the champion (any more).
+        """
+        version = str(version)
+        champion = self.champion(model_name)
+        if champion is None or champion.version != version:
+            raise RegistryError(f"{model_name} version {version} is not the champion; nothing is rolled back")
+        target = self.rollback_target(model_name, version)
+        if target is None:
+            return None
+        after = self.rollback_target(model_name, target.version) if target.tags.get(REPLACED_TAG) else None
+        moment = (at or datetime.now(UTC)).isoformat(timespec="seconds")
+
+        def ask() -> ModelVersionInfo:
+            client = self._client()
+            story = {PROMOTION_TAG: "rolled back", ROLLED_BACK_AT_TAG: moment, ROLLBACK_REASON_TAG: reason}
+            self._tag(client, model_name, version, story)
+            client.set_registered_model_alias(model_name, CHAMPION, target.version)
+            self._tag(client, model_name, target.version, {PROMOTION_TAG: "champion", PROMOTED_AT_TAG: moment})
+            if after is not None and after.version != version:
+                client.set_registered_model_alias(model_name, PREVIOUS_CHAMPION, after.version)
+            elif self._alias_of(client, model_name, PREVIOUS_CHAMPION) is not None:
+                client.delete_registered_model_alias(model_name, PREVIOUS_CHAMPION)
+            if self._alias_of(client, model_name, CHALLENGER) == version:
+                client.delete_registered_model_alias(model_name, CHALLENGER)
+            return _version_info(client.get_model_version(model_name, target.version))
+
+        return self._call(f"rollback of {model_name} version {version}", ask)
 
     def withdraw_champion(self, model_name: str) -> None:
         """Remove the alias ``champion``, if there is one; serving then stops answering for the model's trial."""
@@ -618,6 +790,16 @@ class ModelRegistry:
             raise RegistryError(f"{what}: {_first_line(error)}") from None
         self._answered = time.monotonic()
         return result
+
+    @staticmethod
+    def _tag(client: Any, model_name: str, version: str, tags: Mapping[str, str]) -> None:
+        for name, value in tags.items():
+            client.set_model_version_tag(model_name, version, name, value[:_TAG_LENGTH])
+
+    @staticmethod
+    def _alias_of(client: Any, model_name: str, alias: str) -> str | None:
+        version = client.get_registered_model(model_name).aliases.get(alias)
+        return None if version is None else str(version)
 
     def _versions(self, filter_string: str, what: str) -> list[ModelVersionInfo]:
         def ask() -> list[ModelVersionInfo]:
@@ -811,6 +993,14 @@ def _version_info(version: Any) -> ModelVersionInfo:
         created_at=datetime.fromtimestamp((version.creation_timestamp or 0) / 1000, tz=UTC),
         tags=tags,
     )
+
+
+def _moment(text: str | None) -> datetime | None:
+    try:
+        moment = datetime.fromisoformat(text or "")
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _requirements() -> list[str]:
