@@ -9,7 +9,7 @@ from clinical_orchestration.defs.common import RETRY, asset_key, spec
 from clinical_orchestration.defs.results import materialized, result_of
 from clinical_orchestration.defs.training.assets import REGISTERED_VERSION
 from clinical_orchestration.resources import PipelineResource
-from clinical_orchestration.stores.registry import ModelRegistry
+from clinical_orchestration.stores.registry import PROMOTION_TAG, ModelRegistry
 from clinical_orchestration.stores.serving import ServingClient, ServingUnavailableError
 
 CHAMPION = "models/champion"
@@ -51,11 +51,18 @@ def deploy_model(
     name, version = registered["model_name"], registered["version"]
     champion = registry.champion(name)
     metadata: dict[str, Any] = {"model": name, "registered_version": version}
+    info = next(item for item in registry.versions(name) if item.version == version)
     if champion is not None and champion.version == version:
         outcome = "unchanged"
         metadata["note"] = f"version {version} is the champion already"
+        if info.promoted_at is None:  # the run before ended between the alias and its story
+            registry.promote(name, version, at=info.created_at)
+    elif info.rolled_back or info.promoted_at is not None:
+        # only new versions are decided on here: else this step would undo what retraining or a rollback did
+        outcome = "unchanged"
+        story = "was rolled back" if info.rolled_back else "was champion before another one replaced it"
+        metadata["note"] = f"version {version} {story}; it comes back by a rollback or by hand only"
     else:
-        info = next(item for item in registry.versions(name) if item.version == version)
         decision = decide(
             registry.evaluation_of(info),
             None if champion is None else registry.evaluation_of(champion),
@@ -66,8 +73,10 @@ def deploy_model(
         metadata["reasons"] = "; ".join(decision.reasons)
         outcome = "promoted" if decision.promote else "refused"
         if decision.promote:
-            registry.set_champion(name, version)
+            registry.promote(name, version)
             champion = info
+        else:
+            registry.set_version_tags(name, version, {PROMOTION_TAG: "refused"})
         context.log.info("%s version %s is %s: %s", name, version, outcome, "; ".join(decision.reasons))
     served, served_metadata = _served(serving, profile.name, champion.version if champion else None)
     yield materialized(

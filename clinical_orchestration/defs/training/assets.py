@@ -9,26 +9,32 @@ from clinical_orchestration import __version__
 from clinical_orchestration.defs.common import RETRY, asset_key, spec
 from clinical_orchestration.defs.results import find_result, materialized, result_of
 from clinical_orchestration.resources import PipelineResource
-from clinical_orchestration.stores.registry import EXPERIMENT, ModelRegistry, TrainingRecord
+from clinical_orchestration.stores.registry import EXPERIMENT, ModelRegistry
 from clinical_orchestration.stores.tables import TableStore
-from clinical_orchestration.tables import FEATURES, TRAINING_SET, silver
+from clinical_orchestration.stores.training import (
+    CROSS_VALIDATION_FILE,
+    FOLDS,
+    SEED,
+    NoFeaturesError,
+    evaluate_run,
+    labelled_rows,
+    source_versions,
+    stored_evaluation,
+    training_record,
+    write_training_set,
+)
+from clinical_orchestration.tables import FEATURES, TRAINING_SET
 from clinical_orchestration.trials import TrialProfile
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from clinical_orchestration.modeling.results import Evaluation
-
 GROUP = "training"
-SEED = 20250101
-FOLDS = 5
-CROSS_VALIDATION_FILE = "cross_validation.npz"
 MLFLOW_EXPERIMENT = "models/experiment"
 CANDIDATES = "models/candidates"
 EVALUATION = "models/evaluation"
 REGISTERED_VERSION = "models/registered_version"
 PLOTS = ("roc.png", "precision_recall.png", "calibration.png", "feature_importance.png")
-LABEL_DOMAINS = ("patient_vitals", "adverse_events", "subjects")
 
 
 @dg.multi_asset(
@@ -136,9 +142,8 @@ def _inputs(tables: TableStore, profile: TrialProfile) -> dict[str, Any]:
 
     from clinical_orchestration.modeling.train import TRAINING_CODE_VERSION
 
-    names = [FEATURES, *(silver(domain) for domain in LABEL_DOMAINS)]
     return {
-        **{name: tables.version(name) for name in names},
+        **source_versions(tables),
         "profile": hashlib.sha256(profile.model_dump_json().encode()).hexdigest(),
         "code": f"{__version__}/{TRAINING_CODE_VERSION}/{SEED}/{FOLDS}",
     }
@@ -202,25 +207,10 @@ def _train_if_new(
 
 
 def _training_rows(tables: TableStore, profile: TrialProfile) -> "pl.DataFrame":
-    import polars as pl
-
-    from clinical_orchestration.features.labels import last_records, training_rows
-    from clinical_orchestration.stores.feature_store import read_features
-
-    if not tables.exists(FEATURES):
-        raise dg.Failure("there are no features yet; materialize gold/patient_features first", allow_retries=False)
-
-    def frame(name: str, columns: list[str] | None = None) -> "pl.DataFrame":
-        rows = tables.read(name, columns=columns, filters=[("trial", "=", profile.name)])
-        return pl.DataFrame(pl.from_arrow(rows))
-
-    return training_rows(
-        read_features(tables, profile),
-        frame(silver("adverse_events")),
-        frame(silver("subjects")),
-        last_records(frame(silver("patient_vitals"), ["patient_id", "event_time"])),
-        profile,
-    )
+    try:
+        return labelled_rows(tables, profile)
+    except NoFeaturesError as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
 
 
 def _train(
@@ -233,37 +223,22 @@ def _train(
     mark: str,
     experiment_id: str,
 ) -> tuple[int, str, str]:
-    from clinical_orchestration.features.definitions import feature_set_id
-    from clinical_orchestration.modeling.train import TrainingDataError, cross_validate, fit_final, hyper_parameters
+    from clinical_orchestration.modeling.train import TrainingDataError, cross_validate, fit_final
 
-    version = tables.replace(
-        TRAINING_SET,
-        rows.to_arrow(),
-        predicate=f"trial = '{profile.name}'",
-        metadata={"trial": profile.name, "fingerprint": mark},
-    )
+    version = write_training_set(tables, profile, rows, {"fingerprint": mark})
     context.log.info("Cross-validating on %d rows, %d features.", data.rows, len(data.feature_names))
     try:
         result = cross_validate(data, seed=SEED, folds=FOLDS)
         fitted = fit_final(data, name=result.chosen, seed=SEED)
     except TrainingDataError as error:
         raise dg.Failure(f"the trial {profile.name} cannot be trained on: {error}", allow_retries=False) from error
-    sources = [FEATURES, *(silver(domain) for domain in LABEL_DOMAINS)]
-    versions = {name: tables.version(name) for name in [*sources, TRAINING_SET]}
-    record = TrainingRecord(
-        trial=profile.name,
+    record = training_record(
+        tables,
+        profile,
+        data,
         fingerprint=mark,
         candidate=result.chosen,
-        feature_names=tuple(data.feature_names),
-        feature_set=feature_set_id(profile),
-        training_set_uri=tables.uri(TRAINING_SET),
         training_set_version=version,
-        training_set_digest=data.digest(),
-        table_versions={name: number for name, number in versions.items() if number is not None},
-        row_counts={**{name: tables.row_count(name) for name in sources}, "training_rows": data.rows},
-        params={**hyper_parameters(), "seed": SEED, "folds": FOLDS, "target": profile.target.name},
-        profile=profile.model_dump(mode="json"),
-        code_version=__version__,
         tags={"dagster_run_id": context.run.run_id},
     )
     run = registry.log_training(
@@ -301,9 +276,9 @@ def evaluate_model(
     profile = pipeline.profile()
     trained = result_of(context, asset_key(CANDIDATES), profile.name)
     run_id, experiment_id = trained["run_id"], trained["experiment_id"]
-    evaluation = None if trained["trained"] else _stored_evaluation(registry, run_id)
+    evaluation = None if trained["trained"] else stored_evaluation(registry, run_id)
     if evaluation is None:
-        evaluation = _evaluate(registry, run_id, profile)
+        evaluation = evaluate_run(registry, run_id, profile)
     else:
         context.log.info("The evaluation of MLflow run %s is used as it is.", run_id)
     url = _run_url(registry, experiment_id, run_id)
@@ -340,53 +315,6 @@ def evaluate_model(
     )
 
 
-def _stored_evaluation(registry: ModelRegistry, run_id: str) -> "Evaluation | None":
-    import json
-
-    from clinical_orchestration.modeling.results import Evaluation
-    from clinical_orchestration.stores.registry import EVALUATION_FILE, ModelNotFoundError
-
-    try:
-        return Evaluation.from_dict(json.loads(registry.read_file(run_id, EVALUATION_FILE)))
-    except (ModelNotFoundError, ValueError):
-        return None  # the run stopped between training and evaluation
-
-
-def _evaluate(registry: ModelRegistry, run_id: str, profile: TrialProfile) -> "Evaluation":
-    from clinical_orchestration.modeling import plots
-    from clinical_orchestration.modeling.evaluate import curves, evaluate
-    from clinical_orchestration.modeling.train import CrossValidation
-
-    result = CrossValidation.from_bytes(registry.read_file(run_id, CROSS_VALIDATION_FILE))
-    probabilities = result.chosen_probabilities
-    evaluation = evaluate(
-        result.labels,
-        probabilities,
-        result.subjects,
-        groups=result.groups,
-        thresholds={"medium_risk": profile.risk_bands.medium, "high_risk": profile.risk_bands.high},
-        seed=SEED,
-    )
-    drawn = curves(result.labels, probabilities, result.subjects, seed=SEED)
-    registry.log_evaluation(
-        run_id,
-        evaluation,
-        figures=plots.all_plots(result, evaluation, drawn),
-        reports={
-            "evaluation.md": "\n\n".join(
-                [
-                    plots.evaluation_table(evaluation),
-                    plots.candidates_table(result),
-                    plots.groups_table(evaluation),
-                    plots.operating_points_table(evaluation),
-                    plots.importance_table(result.importance),
-                ]
-            )
-        },
-    )
-    return evaluation
-
-
 @dg.multi_asset(
     name="register_model",
     specs=[
@@ -408,7 +336,7 @@ def register_model(
     """Register the evaluated model."""
     profile = pipeline.profile()
     evaluated = result_of(context, asset_key(EVALUATION), profile.name)
-    evaluation = _stored_evaluation(registry, evaluated["run_id"])
+    evaluation = stored_evaluation(registry, evaluated["run_id"])
     if evaluation is None:
         raise dg.Failure(f"MLflow run {evaluated['run_id']} has no evaluation", allow_retries=False)
     before = {item.version for item in registry.versions(profile.model_name)}
