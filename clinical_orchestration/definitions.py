@@ -6,6 +6,7 @@ import dagster as dg
 
 from clinical_orchestration.defs import (
     backfill,
+    cohorts,
     data_quality,
     deployment,
     features,
@@ -19,7 +20,7 @@ from clinical_orchestration.defs import (
 from clinical_orchestration.defs.pipelines import JOBS, SCHEDULES
 from clinical_orchestration.resources import build_resources
 
-STAGES = (ingestion, features, training, deployment, quality, data_quality, monitoring, retraining, backfill)
+STAGES = (ingestion, features, training, deployment, quality, data_quality, monitoring, retraining, backfill, cohorts)
 
 
 def build_definitions(resources: dict[str, object] | None = None) -> dg.Definitions:

@@ -20,6 +20,9 @@ FEATURES = "gold/patient_features"
 TRAINING_SET = "gold/training_set"
 PREDICTIONS = "gold/predictions"
 PREDICTION_OUTCOMES = "gold/prediction_outcomes"
+COHORT_MEMBERS = "gold/cohort_members"
+COHORT_ATTRITION = "gold/cohort_attrition"
+COHORT_DEFINITIONS = "gold/cohort_definitions"
 MODEL_PERFORMANCE = "monitoring/model_performance"
 DATA_DRIFT = "monitoring/data_drift"
 
@@ -256,6 +259,48 @@ DATA_DRIFT_COLUMNS: dict[str, str] = {
     "drifted": "boolean",
     "reference_rows": "long",
     "current_rows": "long",
+}
+
+# gold/cohort_*: one cohort of one trial each time it is built; the newest build replaces the one before
+COHORT_MEMBERS_COLUMNS: dict[str, str] = {
+    "cohort": "string",
+    "trial": "string",
+    "definition_hash": "string",
+    "patient_id": "string",  # everybody who was screened
+    "index_time": "timestamp",  # what windows are counted from; null where the patient has no such time
+    "status": "string",  # eligible, ineligible, undetermined, no index: by all criteria
+    "member": "boolean",
+    "removed_by": "string",  # id of the first criterion that took the patient out; null for members
+    "reasons": "array<string>",  # "<criterion>: <met, not met, unknown>, <by which value, or what is missing>"
+    "built_at": "timestamp",
+}
+
+COHORT_ATTRITION_COLUMNS: dict[str, str] = {
+    "cohort": "string",
+    "trial": "string",
+    "definition_hash": "string",
+    "step": "int",  # 0-based
+    "part": "string",  # screened, index, inclusion, exclusion, cohort
+    "criterion": "string",
+    "description": "string",
+    "entered": "long",
+    "removed": "long",
+    "removed_unknown": "long",  # the data does not tell, and the definition excludes such patients
+    "remaining": "long",
+    "kept_unknown": "long",  # the data does not tell, and the definition keeps such patients
+    "built_at": "timestamp",
+}
+
+COHORT_DEFINITIONS_COLUMNS: dict[str, str] = {
+    "cohort": "string",
+    "trial": "string",
+    "definition_hash": "string",
+    "title": "string",
+    "definition": "string",  # JSON object
+    "silver_versions": "string",  # JSON object: silver table -> Delta version that the cohort follows from
+    "screened": "long",
+    "members": "long",
+    "built_at": "timestamp",
 }
 
 _ARROW_TYPES = {
