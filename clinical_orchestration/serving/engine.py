@@ -52,6 +52,10 @@ class Observer(Protocol):
         """The model was called once."""
         ...
 
+    def asked(self, trial: str, version: str, answers: int, failures: int, seconds: float) -> None:
+        """A model version was called: it answered some instances and failed on others."""
+        ...
+
 
 class Recorder(Protocol):
     """Takes the rows of the prediction log; never raises and never waits for a remote system."""
@@ -351,8 +355,15 @@ class Engine:
         log_rows: list[dict[str, Any]],
     ) -> None:
         started = time.perf_counter()
-        probabilities = _probabilities(served, rows)
-        self._observer.round_done(len(rows), time.perf_counter() - started)
+        try:
+            probabilities = _probabilities(served, rows)
+        except Exception:
+            self._observer.asked(served.trial, served.version, 0, len(rows), time.perf_counter() - started)
+            raise
+        seconds = time.perf_counter() - started
+        self._observer.round_done(len(rows), seconds)
+        failures = sum(not 0.0 <= probability <= 1.0 for probability in probabilities)  # NaN is neither
+        self._observer.asked(served.trial, served.version, len(rows) - failures, failures, seconds)
         now = self._clock()
         predicted_at = now.isoformat()
         now_us = (now - _EPOCH) // _MICROSECOND

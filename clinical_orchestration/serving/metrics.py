@@ -58,6 +58,19 @@ class ServingMetrics:
         self._model_seconds = Histogram(
             "clinical_serving_model_call_seconds", "Time of one model call.", buckets=_SECONDS, registry=self.registry
         )
+        self._version_answers = Counter(
+            "clinical_serving_version_answers",
+            "Instances that a model version was asked about, by outcome (ok or failed).",
+            ["trial", "version", "outcome"],
+            registry=self.registry,
+        )
+        self._version_seconds = Histogram(
+            "clinical_serving_version_call_seconds",
+            "Time of one call of a model version.",
+            ["trial", "version"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
         self._load_failures = Counter(
             "clinical_serving_model_load_failures",
             "Attempts to load a champion that failed.",
@@ -79,6 +92,12 @@ class ServingMetrics:
         """Count a model call."""
         self._rounds.observe(rows)
         self._model_seconds.observe(seconds)
+
+    def asked(self, trial: str, version: str, answers: int, failures: int, seconds: float) -> None:
+        """Count one call of a model version: how many instances it answered, and how many it failed on."""
+        self._version_answers.labels(trial, version, "ok").inc(answers)
+        self._version_answers.labels(trial, version, "failed").inc(failures)
+        self._version_seconds.labels(trial, version).observe(seconds)
 
     def load_failed(self, trial: str) -> None:
         """Count a champion that could not be loaded."""

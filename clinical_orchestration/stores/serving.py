@@ -7,6 +7,8 @@ from typing import Any
 
 import httpx
 
+from clinical_orchestration.modeling.watch import ServingSample
+
 
 class ServingUnavailableError(ConnectionError):
     """The model server does not answer; the message says where it was expected."""
@@ -60,6 +62,24 @@ class ServingClient:
                 return None
             time.sleep(0.25)
 
+    def sample(self, trial: str) -> ServingSample:
+        """Return what the server counted about the model that serves a trial, since the server started.
+
+        Raises:
+            ServingUnavailableError: no answer, or no metrics.
+        """
+        try:
+            answer = httpx.get(f"{self.url}/metrics", timeout=self._timeout)
+            answer.raise_for_status()
+        except httpx.HTTPError as error:
+            raise ServingUnavailableError(
+                f"the model server at {self.url} does not answer /metrics ({type(error).__name__})"
+            ) from None
+        try:
+            return parse_sample(answer.text, trial)
+        except ValueError as error:
+            raise ServingUnavailableError(f"/metrics of {self.url} cannot be read: {error}") from None
+
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
             answer = httpx.request(method, self.url + path, json=body, timeout=self._timeout)
@@ -73,3 +93,38 @@ class ServingClient:
             detail = {name: content.get(name) for name in ("error", "detail", "what_to_do") if content.get(name)}
             raise ServingUnavailableError(f"{path} answered {answer.status_code}: {detail or content}")
         return dict(content)
+
+
+def parse_sample(text: str, trial: str) -> ServingSample:
+    """Return a trial's sample from metrics in Prometheus' text format.
+
+    Raises:
+        ValueError: the text is in another format.
+    """
+    from prometheus_client.parser import text_string_to_metric_families
+
+    version: str | None = None
+    failing = False
+    answers: dict[tuple[str, str], float] = {}
+    latency: dict[tuple[str, float], float] = {}
+    for family in text_string_to_metric_families(text):
+        for item in family.samples:
+            if item.labels.get("trial") != trial:
+                continue
+            if item.name == "clinical_serving_model_info" and item.value == 1.0:
+                version = item.labels["version"]
+            elif item.name == "clinical_serving_model_failing":
+                failing = item.value == 1.0
+            elif item.name == "clinical_serving_version_answers_total":
+                answers[item.labels["version"], item.labels["outcome"]] = item.value
+            elif item.name == "clinical_serving_version_call_seconds_bucket":
+                latency[item.labels["version"], float(item.labels["le"])] = item.value
+    own = version or ""
+    good, failed = answers.get((own, "ok"), 0.0), answers.get((own, "failed"), 0.0)
+    return ServingSample(
+        version=version,
+        failing=failing,
+        answers=good + failed,
+        failures=failed,
+        latency=tuple(sorted((bound, count) for (name, bound), count in latency.items() if name == own)),
+    )
