@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from clinical_orchestration.alerts.model import Alert
+from clinical_orchestration.stores.objects import ObjectNotFoundError, StoredObject
 from clinical_orchestration.stores.tables import (
     COMMIT_VERSION,
     Maintenance,
@@ -211,3 +212,31 @@ class RecordingNotifier:
     def resolve(self, key: str, note: str = "") -> bool:
         self.resolved.append(key)
         return any(alert.key == key for alert in self.sent)
+
+
+class InMemoryObjects:
+    """:class:`clinical_orchestration.stores.objects.Objects` in a dictionary."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+
+    def uri(self, key: str) -> str:
+        return f"s3://memory/{key}"
+
+    def ensure_bucket(self) -> bool:
+        return False
+
+    def put(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> str:
+        self.objects[key] = data
+        return self.uri(key)
+
+    def get(self, key: str) -> bytes:
+        try:
+            return self.objects[key]
+        except KeyError:
+            raise ObjectNotFoundError(key) from None
+
+    def list(self, prefix: str = "") -> Iterator[StoredObject]:
+        for key in sorted(self.objects):
+            if key.startswith(prefix):
+                yield StoredObject(key, len(self.objects[key]), None)
