@@ -24,10 +24,11 @@ def spec(
     tags: Mapping[str, str] | None = None,
     code_version: str = "1",
     metadata: Mapping[str, Any] | None = None,
+    skippable: bool = False,
 ) -> dg.AssetSpec:
     """Return an asset's spec from its ``layer/table`` key, with the project's owners.
 
-    `deps` are keys written the same way.
+    `deps` are keys written the same way. A step may leave a `skippable` asset out: what depends on it is then skipped.
     """
     return dg.AssetSpec(
         key=key.split("/"),
@@ -39,6 +40,7 @@ def spec(
         tags=dict(tags or {}),
         code_version=code_version,
         metadata=dict(metadata or {}),
+        skippable=skippable,
     )
 
 

@@ -7,9 +7,12 @@ the Airflow API can show it as the task's ``return_value``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 RESULT = "result"
 TRIAL = "trial"
@@ -58,6 +61,19 @@ def find_result(context: dg.AssetExecutionContext, key: dg.AssetKey, trial: str)
         materialization = stored.asset_materialization
         if materialization is not None and _text(materialization, TRIAL) == trial:
             return _result(materialization)
+    return None
+
+
+def newest_result(
+    instance: dg.DagsterInstance, key: dg.AssetKey, trial: str, *, limit: int = 100
+) -> "tuple[dict[str, Any], datetime] | None":
+    """Return what the asset left last for the trial, in whatever run, and when (UTC); None where it never did."""
+    from datetime import UTC, datetime
+
+    for stored in instance.fetch_materializations(key, limit=limit).records:
+        materialization = stored.asset_materialization
+        if materialization is not None and _text(materialization, TRIAL) == trial:
+            return _result(materialization), datetime.fromtimestamp(stored.timestamp, UTC)
     return None
 
 
