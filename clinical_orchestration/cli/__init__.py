@@ -1,0 +1,1 @@
+"""The command ``airflow``: what people knew of its command line, on this platform."""
