@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
@@ -17,6 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from clinical_orchestration.page.alerts import browser_link, read_alerts
 from clinical_orchestration.page.bounded import Bounded
 from clinical_orchestration.page.dagster_ui import PREFIX, DagsterUi, open_workspace, ping_code_servers
 from clinical_orchestration.page.health import (
@@ -32,10 +34,13 @@ from clinical_orchestration.page.stack_state import Service, read_stack_state
 if TYPE_CHECKING:
     import jinja2
 
+    from clinical_orchestration.stores.alerts import AlertsView
+
 LEVELS = (
     "infrastructure", "data ingestion", "data processing", "feature engineering", "ML pipeline", "orchestration",
 )  # fmt: skip
 PIPELINES_LIMIT_SECONDS = 4.0
+ALERTS_LIMIT_SECONDS = 2.5
 
 _FOLDER = Path(__file__).parent
 _CONTENT_POLICY = "default-src 'none'; style-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'self'"
@@ -125,6 +130,15 @@ def create_app(settings: PageSettings | None = None, ui: DagsterUi | None = None
 
     monitor = HealthMonitor(heartbeats, lambda: ping_code_servers(settings.workspace_file), daemon_process)
     bounded_pipelines = Bounded(pipelines, PIPELINES_LIMIT_SECONDS, fresh_seconds=1.0)
+    bounded_alerts = Bounded(lambda: read_alerts(url), ALERTS_LIMIT_SECONDS, fresh_seconds=1.0)
+
+    async def alerts_now() -> AlertsView | None:
+        """Return the alerts, or None where they cannot be read: that is not the same as none."""
+        try:
+            return await bounded_alerts()
+        except Exception as error:
+            _logger.warning("the alerts cannot be read: %s", type(error).__name__)
+            return None
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -142,10 +156,19 @@ def create_app(settings: PageSettings | None = None, ui: DagsterUi | None = None
         """Answer in Airflow's shape; the status is 200 whatever it says, as there."""
         return JSONResponse((await monitor.check()).as_airflow(), headers={"Cache-Control": "no-store"})
 
+    @app.get("/alerts.json")
+    async def alerts_json() -> JSONResponse:
+        """Answer open alerts, those resolved in the last week, and how the channels do; 503 without database."""
+        view = await alerts_now()
+        headers = {"Cache-Control": "no-store"}
+        if view is None:
+            return JSONResponse({"error": "the alerts cannot be read: the database does not answer"}, 503, headers)
+        return JSONResponse(view.as_dict(), headers=headers)
+
     @app.get("/", response_class=HTMLResponse)
     async def index(request: Request) -> HTMLResponse:
-        """Show pipelines, health and services."""
-        health_now = await monitor.check()
+        """Show pipelines, alerts, health and services."""
+        health_now, alerts = await asyncio.gather(monitor.check(), alerts_now())
         view: PipelinesView | None = None
         note = "The Dagster workspace is not open yet; this needs the database."
         try:
@@ -165,6 +188,8 @@ def create_app(settings: PageSettings | None = None, ui: DagsterUi | None = None
             "pipelines": view.pipelines if view else (),
             "problems": view.problems if view else (),
             "pipelines_note": note,
+            "alerts": alerts,
+            "link": browser_link,
             "health": health_now.as_airflow(),
             "levels": levels,
             "stale": bool(state and state.stale),
