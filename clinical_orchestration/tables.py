@@ -17,6 +17,7 @@ DOMAINS = ("patient_vitals", "lab_results", "medications", "adverse_events", "su
 QUARANTINE = "quarantine/records"
 DUPLICATES = "quarantine/duplicates"
 FEATURES = "gold/patient_features"
+FEATURE_STAGING = "staging/patient_features"
 TRAINING_SET = "gold/training_set"
 PREDICTIONS = "gold/predictions"
 PREDICTION_OUTCOMES = "gold/prediction_outcomes"
@@ -163,6 +164,12 @@ FEATURE_KEY_COLUMNS: dict[str, str] = {
     "patient_id": "string",
     "feature_time": "timestamp",
     "feature_date": "date",  # UTC date of feature_time; the partition column
+}
+
+# staging/patient_features: rows of a backfill between their computation and their checks; these, then the features
+FEATURE_STAGING_COLUMNS: dict[str, str] = {
+    "request": "string",  # trial, range of days, set of features and silver versions, hashed
+    **FEATURE_KEY_COLUMNS,
 }
 
 PREDICTIONS_COLUMNS: dict[str, str] = {

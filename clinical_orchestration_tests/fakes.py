@@ -14,6 +14,7 @@ from clinical_orchestration.stores.tables import (
     COMMIT_VERSION,
     Maintenance,
     already_recorded,
+    check_expected,
     conform,
     known_schema,
 )
@@ -134,6 +135,8 @@ class InMemoryTableStore:
         predicate: str | None = None,
         partition_by: Sequence[str] | None = None,
         metadata: Mapping[str, str] | None = None,
+        transactions: Mapping[str, int] | None = None,
+        expected: Mapping[str, int | None] | None = None,
     ) -> int:
         import polars as pl
         import pyarrow as pa
@@ -143,9 +146,11 @@ class InMemoryTableStore:
             if not self.exists(name):
                 self._create(name, conform(data, schema).schema if schema is not None else data.schema)
             table = self._tables[name]
+            check_expected(expected, table.transactions.get)
             if predicate is None:
                 rows = data if schema is None else conform(data, schema)
                 self._commit(table, rows, None, "WRITE", metadata)
+                table.transactions.update(transactions or {})
                 return len(table.versions) - 1
             current = table.versions[-1].rows
             rows = conform(data, current.schema)
@@ -161,6 +166,7 @@ class InMemoryTableStore:
 
             kept = current.filter(pc.invert(matches(current)))
             self._commit(table, pa.concat_tables([conform(kept, rows.schema), rows]), None, "WRITE", metadata)
+            table.transactions.update(transactions or {})
             return len(table.versions) - 1
 
     def transaction_version(self, name: str, app_id: str) -> int | None:

@@ -148,7 +148,7 @@ class OfflineStore:
             SparkUnavailableError: there is something to compute and Spark does not answer.
         """
         clock = _Clock()
-        state = _State(profile, self._tables)
+        state = FeatureState(profile, self._tables)
         versions = {domain: self._tables.version(silver(domain)) for domain in DOMAINS}
         current = {domain: version for domain, version in versions.items() if version is not None}
         recorded = None if full else state.recorded()
@@ -170,7 +170,7 @@ class OfflineStore:
 
     def keys(self, profile: TrialProfile) -> pl.DataFrame:
         """Return the key columns of the trial's rows, sorted by patient and time: quick, the features are not read."""
-        return _read(self._tables, profile, list(FEATURE_KEY_COLUMNS), None)
+        return read_rows(self._tables, profile, list(FEATURE_KEY_COLUMNS))
 
     def newest(self, profile: TrialProfile) -> list[OnlineFeatures]:
         """Return the newest row of each patient, as the online store holds it."""
@@ -259,7 +259,7 @@ class OfflineStore:
                     changed_rows=count,
                     changed_dates=dates.distinct().count(),
                 )
-            with _planned_once(self._spark.session):
+            with planned_once(self._spark.session):
                 rows: pa.Table = computed.toArrow()
         finally:
             times.unpersist()
@@ -287,6 +287,7 @@ class OfflineStore:
         null_share = None
         if new.height:
             null_share = sum(new.select(names).null_count().row(0)) / (new.height * len(names))
+        guard = WriteGuard(profile, self._tables)
         stored_keys = self.keys(profile)
         if stored_keys.is_empty():
             if new.height:
@@ -319,15 +320,17 @@ class OfflineStore:
             self._tables.replace(
                 FEATURES,
                 rows.sort("feature_date", "patient_id").to_arrow(),
-                predicate=f"{_trial_predicate(profile)} AND feature_date IN ({days})",
+                predicate=f"{trial_predicate(profile)} AND feature_date IN ({days})",
                 partition_by=["feature_date"],
+                transactions=guard.next,
+                expected=guard.seen,
             )
         changed_keys = pl.concat([added, removed]).select("patient_id", "feature_time").n_unique()
         return _Outcome(patients, new.height, changed_keys, len(changed), null_share)
 
     def _write_by_spark(self, profile: TrialProfile, rows: DataFrame, affected: list[str] | None) -> None:
         """Replace the rows of the `affected` patients (None or very many: of the trial) by `rows`, all in Spark."""
-        predicate = _trial_predicate(profile)
+        predicate = trial_predicate(profile)
         if affected is not None:
             quoted = ", ".join("'" + patient.replace("\\", "\\\\").replace("'", "\\'") + "'" for patient in affected)
             predicate += f" AND patient_id IN ({quoted})"
@@ -362,7 +365,7 @@ class OfflineStore:
 
 
 @contextmanager
-def _planned_once(session: SparkSession) -> Iterator[None]:
+def planned_once(session: SparkSession) -> Iterator[None]:
     """Turn adaptive execution off meanwhile.
 
     It plans hundreds of columns again after each of some twenty stages. For what fits this process that costs more
@@ -388,7 +391,23 @@ class _Outcome:
     null_share: float | None = None
 
 
-class _State:
+class WriteGuard:
+    """Lets a commit to ``gold/patient_features`` fail where another writer changed the trial's rows in between.
+
+    Rows are compared with the stored ones first and written afterwards. Every such write of a trial counts up one app
+    transaction in its commit; a writer that compared with older rows finds it moved
+    (:class:`clinical_orchestration.stores.tables.TransactionMovedError`) and has to compare again. Make it before the
+    stored rows are read.
+    """
+
+    def __init__(self, profile: TrialProfile, tables: TableStore) -> None:
+        app = f"features:{profile.name}:writes"
+        number = tables.transaction_version(FEATURES, app)
+        self.seen: dict[str, int | None] = {app: number}
+        self.next: dict[str, int] = {app: (number or 0) + 1}
+
+
+class FeatureState:
     """Which silver versions a trial's rows follow from, as app transactions of ``gold/patient_features``.
 
     Each record has a number, counting up, because an app transaction never goes down, but a silver version does when
@@ -431,7 +450,8 @@ class _State:
         return self._tables.transaction_version(FEATURES, app_id)
 
 
-def _trial_predicate(profile: TrialProfile) -> str:
+def trial_predicate(profile: TrialProfile) -> str:
+    """Return the SQL that selects a trial's rows."""
     return "trial = '" + profile.name.replace("'", "''") + "'"
 
 
@@ -443,30 +463,53 @@ def read_features(tables: TableStore, profile: TrialProfile, *, dates: Sequence[
         profile: the trial.
         dates: only rows of these feature dates.
     """
-    return _read(tables, profile, [*FEATURE_KEY_COLUMNS, *feature_names(profile)], dates)
+    return read_rows(tables, profile, [*FEATURE_KEY_COLUMNS, *feature_names(profile)], dates)
 
 
-def _read(
-    tables: TableStore, profile: TrialProfile, columns: Sequence[str], dates: Sequence[date] | None
+def read_rows(
+    tables: TableStore,
+    profile: TrialProfile,
+    columns: Sequence[str],
+    dates: Sequence[date] | None = None,
+    *,
+    table: str = FEATURES,
+    between: tuple[date, date] | None = None,
+    version: int | None = None,
+    where: Mapping[str, str] | None = None,
 ) -> pl.DataFrame:
     """Return columns of a trial's rows, those the table does not have as nulls.
 
     The table is a small file a day with hundreds of columns. Polars reads it with a tenth of the computing that
     Arrow's data sets need (measured on 757 days of 311 columns), so it is read by Polars wherever it is a real table.
+
+    Args:
+        tables: the tables.
+        profile: the trial.
+        columns: the columns, in this order.
+        dates: only rows of these feature dates.
+        table: ``gold/patient_features``, or another table with its columns.
+        between: only rows from the first to the last of these feature dates.
+        version: as of this version instead of the newest.
+        where: only rows with these texts in these columns.
     """
     import polars as pl
 
-    uri = tables.uri(FEATURES)
+    uri = tables.uri(table)
     wanted = pl.col("trial") == profile.name
     if dates is not None:
         wanted &= pl.col("feature_date").is_in(list(dates))
-    if not tables.exists(FEATURES) or (dates is not None and not dates):
+    if between is not None:
+        wanted &= pl.col("feature_date").is_between(*between)
+    if not tables.exists(table) or (dates is not None and not dates):
         rows = pl.LazyFrame(arrow_schema(FEATURE_KEY_COLUMNS).empty_table())
+        where = None
     elif "://" in uri and not uri.startswith("s3://"):  # held in memory
-        rows = pl.LazyFrame(tables.read(FEATURES))
+        rows = pl.LazyFrame(tables.read(table, version=version))
     else:
         options = storage_options(ClientSettings()) if uri.startswith("s3://") else None
-        rows = pl.scan_delta(uri, storage_options=options)
+        rows = pl.scan_delta(uri, storage_options=options, version=version)
+    for name, text in (where or {}).items():
+        wanted &= pl.col(name) == text
     present = set(rows.collect_schema().names())
     missing = [pl.lit(None, dtype=pl.Float64).alias(name) for name in columns if name not in present]
     frame: pl.DataFrame = rows.filter(wanted).with_columns(missing).select(columns).collect()

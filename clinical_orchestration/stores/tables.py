@@ -146,11 +146,17 @@ class TableStore(Protocol):
         predicate: str | None = None,
         partition_by: Sequence[str] | None = None,
         metadata: Mapping[str, str] | None = None,
+        transactions: Mapping[str, int] | None = None,
+        expected: Mapping[str, int | None] | None = None,
     ) -> int:
         """Replace the rows that match `predicate` (SQL; None: all rows and the columns) by `data`, in one commit.
 
+        `transactions` are recorded by the commit; `expected` (app id -> version, None: none yet) must be recorded
+        when it is made. Together they let a replacement fail that was prepared from rows that have changed since.
+
         Raises:
             ValueError: a row of `data` does not match `predicate`.
+            TransactionMovedError: another writer moved one of `expected`.
         """
         ...
 
@@ -185,6 +191,7 @@ def known_schema(name: str) -> pa.Schema | None:
         names.QUARANTINE: names.QUARANTINE_COLUMNS,
         names.DUPLICATES: names.DUPLICATES_COLUMNS,
         names.FEATURES: names.FEATURE_KEY_COLUMNS,
+        names.FEATURE_STAGING: names.FEATURE_STAGING_COLUMNS,
         names.PREDICTIONS: names.PREDICTIONS_COLUMNS,
         names.COHORT_MEMBERS: names.COHORT_MEMBERS_COLUMNS,
         names.COHORT_ATTRITION: names.COHORT_ATTRITION_COLUMNS,
@@ -385,6 +392,8 @@ class DeltaTableStore:
         predicate: str | None = None,
         partition_by: Sequence[str] | None = None,
         metadata: Mapping[str, str] | None = None,
+        transactions: Mapping[str, int] | None = None,
+        expected: Mapping[str, int | None] | None = None,
     ) -> int:
         """See :class:`TableStore`."""
         from deltalake import write_deltalake
@@ -397,6 +406,7 @@ class DeltaTableStore:
                 schema = conform(data, schema).schema if schema is not None else data.schema
                 by = default_partitions(name) if partition_by is None else list(partition_by)
                 table = self._create(name, schema, by)
+            check_expected(expected, table.transaction_version)
             if predicate is None:
                 known = known_schema(name)
                 rows = data if known is None else conform(data, known)
@@ -407,7 +417,7 @@ class DeltaTableStore:
                     mode="overwrite",
                     schema_mode="overwrite",
                     partition_by=by or None,
-                    commit_properties=_commit_properties(None, metadata),
+                    commit_properties=_commit_properties(transactions, metadata),
                 )
             else:
                 try:
@@ -417,7 +427,7 @@ class DeltaTableStore:
                         mode="overwrite",
                         schema_mode="merge",
                         predicate=predicate,
-                        commit_properties=_commit_properties(None, metadata),
+                        commit_properties=_commit_properties(transactions, metadata),
                     )
                 except DeltaError as error:
                     if "failed validation check" not in str(error):
@@ -501,6 +511,19 @@ class DeltaTableStore:
         if table is None:
             raise RuntimeError(f"table {name} cannot be read directly after its creation")
         return table
+
+
+def check_expected(expected: Mapping[str, int | None] | None, recorded: Callable[[str], int | None]) -> None:
+    """Make sure that what a writer expects is recorded; part of :meth:`TableStore.replace`.
+
+    Raises:
+        TransactionMovedError: it is not.
+    """
+    moved = {app: at for app, version in (expected or {}).items() if (at := recorded(app)) != version}
+    if moved:
+        raise TransactionMovedError(
+            "; ".join(f"{app} is at {at}, expected {(expected or {})[app]}" for app, at in sorted(moved.items()))
+        )
 
 
 def already_recorded(

@@ -142,7 +142,7 @@ def test_a_run_killed_before_it_recorded_its_progress_repeats_and_doubles_nothin
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(feature_store._State, "record", killed)
+        patched.setattr(feature_store.FeatureState, "record", killed)
         with pytest.raises(KeyboardInterrupt):
             CountingStore(tables).refresh(PILOT)
     report = CountingStore(tables).refresh(PILOT)
