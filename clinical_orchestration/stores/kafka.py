@@ -54,6 +54,26 @@ class DeliveryError(RuntimeError):
         )
 
 
+class TransactionFailedError(RuntimeError):
+    """A transaction did not end well; whether it was committed is known only after the next start."""
+
+
+class FencedError(TransactionFailedError):
+    """Another writer with the same transactional id took over: this one must stop."""
+
+
+class RecordRefusedError(RuntimeError):
+    """Records are too large for their topic; nothing of the transaction was stored.
+
+    Attributes:
+        refused: reasons by index in the call.
+    """
+
+    def __init__(self, refused: Mapping[int, str]) -> None:
+        self.refused = dict(refused)
+        super().__init__(f"{len(self.refused)} records were refused: {', '.join(sorted(set(self.refused.values())))}")
+
+
 class Position(NamedTuple):
     """Where one record is in Kafka."""
 
@@ -163,6 +183,19 @@ class Producer(Protocol):
         Raises:
             DeliveryError: at least one record was not acknowledged; it names which.
         """
+
+    def close(self) -> None:
+        """Release connections."""
+
+
+class Transactions(Protocol):
+    """Produces records in transactions, as the one writer of its transactional id."""
+
+    def start(self) -> None:
+        """Take the transactional id over from any earlier writer."""
+
+    def commit(self, records: Sequence[Record]) -> None:
+        """Produce all records in one transaction, or none."""
 
     def close(self) -> None:
         """Release connections."""
@@ -299,14 +332,21 @@ class ConfluentTopicAdmin:
         begins, ends = bounds
         return {partition: OffsetRange(begins[partition], ends[partition]) for partition in partitions}
 
-    def ensure_topics(self, topics: Iterable[str], *, partitions: int = 3) -> list[str]:
-        """Make the topics that do not exist and return their names, replicated as the broker's default says."""
+    def ensure_topics(
+        self, topics: Iterable[str], *, partitions: int = 3, config: Mapping[str, str] | None = None
+    ) -> list[str]:
+        """Make the topics that do not exist and return their names, replicated as the broker's default says.
+
+        `config` holds topic settings, such as ``cleanup.policy``, for those that are made.
+        """
         from confluent_kafka import KafkaError, KafkaException
         from confluent_kafka.admin import NewTopic
 
         existing = set(self.partitions())
         missing = [
-            NewTopic(topic, num_partitions=partitions) for topic in dict.fromkeys(topics) if topic not in existing
+            NewTopic(topic, num_partitions=partitions, config=dict(config or {}))
+            for topic in dict.fromkeys(topics)
+            if topic not in existing
         ]
         made = []
         if missing:
@@ -620,6 +660,135 @@ class ConfluentProducer:
         self._closed.set()
         if self._poller is not None:
             self._poller.join(2)
+
+
+class ConfluentTransactions:
+    """Produces records in transactions: readers of committed records see all of one or nothing, also after a kill.
+
+    One writer has a transactional id at a time. :meth:`start` ends what an earlier writer with this id left open, and
+    that writer, should it live, can commit nothing any more. Not for use by several threads at once.
+
+    Args:
+        bootstrap_servers: the brokers.
+        transactional_id: the writer's name; the same after a restart.
+        timeout: seconds for one transaction; the broker ends an abandoned one after twice this time.
+        options: further librdkafka settings, such as TLS and SASL.
+    """
+
+    def __init__(
+        self,
+        bootstrap_servers: str,
+        transactional_id: str,
+        *,
+        timeout: float = 20.0,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._servers = bootstrap_servers
+        self._timeout = timeout
+        self._config = {
+            "bootstrap.servers": bootstrap_servers,
+            "transactional.id": transactional_id,
+            "transaction.timeout.ms": int(timeout * 2000),
+            "acks": "all",
+            "enable.idempotence": True,
+            "linger.ms": 2,
+            "compression.type": "gzip",
+            "compression.level": 1,
+            "partitioner": "murmur2_random",
+            "error_cb": _ignore_event,
+            **(options or {}),
+        }
+        self._client: Any = None
+
+    def start(self) -> None:
+        """Take the transactional id over.
+
+        Raises:
+            KafkaUnavailableError: no broker answers in time.
+        """
+        from confluent_kafka import KafkaException
+        from confluent_kafka import Producer as Client
+
+        self.close()
+        client = Client(self._config, logger=_silent_logger())
+        try:
+            client.init_transactions(self._timeout)
+        except KafkaException as error:
+            raise KafkaUnavailableError(f"{_advice(self._servers)} ({error.args[0].name()})") from error
+        self._client = client
+
+    def commit(self, records: Sequence[Record]) -> None:
+        """Produce all records in one transaction and commit it.
+
+        Raises:
+            RecordRefusedError: a record cannot be stored; nothing was.
+            TransactionFailedError: it is not known whether the records were stored: :meth:`start` anew, then read
+                what was.
+        """
+        from confluent_kafka import KafkaError, KafkaException
+
+        if self._client is None:
+            raise TransactionFailedError("the transactional producer is not started")
+        client, refused = self._client, dict[int, str]()
+        deadline = time.monotonic() + self._timeout
+
+        def callback(index: int) -> Callable[[Any, Any], None]:
+            def report(error: Any, _: Any) -> None:
+                if error is not None and error.code() in too_large:
+                    refused[index] = error.name()
+
+            return report
+
+        too_large = (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG_SIZE)
+        try:
+            client.begin_transaction()
+            for index, record in enumerate(records):
+                try:
+                    client.produce(
+                        record.topic,
+                        value=record.value,
+                        key=record.key,
+                        headers=list(record.headers) or None,
+                        on_delivery=callback(index),
+                    )
+                except KafkaException as error:
+                    if error.args[0].code() not in too_large:
+                        raise
+                    refused[index] = error.args[0].name()
+            while not refused:
+                try:
+                    client.commit_transaction(max(0.1, deadline - time.monotonic()))
+                    return
+                except KafkaException as error:
+                    if refused or not error.args[0].retriable() or time.monotonic() > deadline:
+                        raise
+            client.abort_transaction(self._timeout)
+        except (KafkaException, BufferError) as error:
+            cause = error.args[0] if isinstance(error, KafkaException) else None
+            if refused and cause is not None and cause.txn_requires_abort():
+                with contextlib.suppress(KafkaException):
+                    client.abort_transaction(self._timeout)
+                    raise RecordRefusedError(refused) from error
+            self.close()
+            fenced = cause is not None and cause.code() in (
+                KafkaError._FENCED,
+                KafkaError.PRODUCER_FENCED,
+                KafkaError.INVALID_PRODUCER_EPOCH,
+            )
+            name = cause.name() if cause is not None else type(error).__name__
+            raise (FencedError if fenced else TransactionFailedError)(
+                "another writer with the same transactional id took over"
+                if fenced
+                else f"the transaction did not end well: {name}"
+            ) from error
+        raise RecordRefusedError(refused)
+
+    def close(self) -> None:
+        """Release connections; an open transaction is left to the next :meth:`start`."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.purge()
+            client.flush(1)
 
 
 class _Collector:
