@@ -66,7 +66,7 @@ def find_result(context: dg.AssetExecutionContext, key: dg.AssetKey, trial: str)
 
 def newest_result(
     instance: dg.DagsterInstance, key: dg.AssetKey, trial: str, *, limit: int = 100
-) -> "tuple[dict[str, Any], datetime] | None":
+) -> tuple[dict[str, Any], datetime] | None:
     """Return what the asset left last for the trial, in whatever run, and when (UTC); None where it never did."""
     from datetime import UTC, datetime
 

@@ -224,6 +224,9 @@ def _veto(
     target: ModelVersionInfo,
 ) -> str:  # fmt: skip
     """Return why going back to `target` would not help; "" where it would, or where that cannot be told."""
+    import numpy as np
+
+    from clinical_orchestration.modeling.compare import compare
     from clinical_orchestration.modeling.evaluate import EvaluationError
 
     try:
@@ -232,13 +235,9 @@ def _veto(
             return ""
         labels, probabilities, subjects, features = rows
         model = registry.load_model(target.name, target.version)
-        import numpy as np
-
         matrix = np.array(
             [[_number(values.get(name)) for name in model.feature_names] for values in features], dtype=np.float64
         )
-        from clinical_orchestration.modeling.compare import compare
-
         gains = compare(labels, model.probabilities(matrix), probabilities, subjects, seed=0, replicates=200).gains
     except (EvaluationError, RegistryError, ValueError):
         return ""

@@ -95,6 +95,22 @@ class ServingClient:
         return dict(content)
 
 
+def answers_with(serving: ServingClient, trial: str, version: str | None) -> tuple[bool, dict[str, Any]]:
+    """Wait until the server answers a trial with `version`; return whether it does, and how long it took or why not.
+
+    Never raises: a server that is down is the answer.
+    """
+    if version is None:
+        return False, {"why": "there is no champion: no version has passed the promotion rule yet"}
+    try:
+        seconds = serving.await_version(trial, version)
+    except ServingUnavailableError as error:
+        return False, {"why": str(error)}
+    if seconds is None:
+        return False, {"why": f"the model server did not load version {version} in time; its /health says why"}
+    return True, {"version": version, "seconds_until_served": seconds}
+
+
 def parse_sample(text: str, trial: str) -> ServingSample:
     """Return a trial's sample from metrics in Prometheus' text format.
 

@@ -10,7 +10,7 @@ from clinical_orchestration.defs.results import materialized, result_of
 from clinical_orchestration.defs.training.assets import REGISTERED_VERSION
 from clinical_orchestration.resources import PipelineResource
 from clinical_orchestration.stores.registry import PROMOTION_TAG, ModelRegistry
-from clinical_orchestration.stores.serving import ServingClient, ServingUnavailableError
+from clinical_orchestration.stores.serving import ServingClient, answers_with
 
 CHAMPION = "models/champion"
 SERVED = dg.AssetCheckSpec(
@@ -78,7 +78,7 @@ def deploy_model(
         else:
             registry.set_version_tags(name, version, {PROMOTION_TAG: "refused"})
         context.log.info("%s version %s is %s: %s", name, version, outcome, "; ".join(decision.reasons))
-    served, served_metadata = _served(serving, profile.name, champion.version if champion else None)
+    served, served_metadata = answers_with(serving, profile.name, champion.version if champion else None)
     yield materialized(
         asset_key(CHAMPION),
         profile.name,
@@ -97,15 +97,3 @@ def deploy_model(
         },
         [dg.AssetCheckResult(check_name=SERVED.name, passed=served, metadata=served_metadata)],
     )
-
-
-def _served(serving: ServingClient, trial: str, version: str | None) -> tuple[bool, dict[str, Any]]:
-    if version is None:
-        return False, {"why": "there is no champion: no version has passed the promotion rule yet"}
-    try:
-        seconds = serving.await_version(trial, version)
-    except ServingUnavailableError as error:
-        return False, {"why": str(error)}
-    if seconds is None:
-        return False, {"why": f"the model server did not load version {version} in time; its /health says why"}
-    return True, {"version": version, "seconds_until_served": seconds}
