@@ -12,12 +12,12 @@ from pydantic import SecretStr
 
 from clinical_orchestration.contract import POOLS
 from clinical_orchestration.platform import reading
-from clinical_orchestration.platform.clients import CLIENT_NAMES, client_values, connection_of_url
+from clinical_orchestration.platform.clients import CLIENT_NAMES, STORED_FIRST, client_values, connection_of_url
 from clinical_orchestration.platform.connection import Connection, ConnectionFormatError
 from clinical_orchestration.platform.crypto import SecretKeyError
 from clinical_orchestration.platform.masking import MASK, is_sensitive, mask_url, redact
 from clinical_orchestration.platform.store import PlatformStore, PoolInfo, StoredConnection, VariableWrite
-from clinical_orchestration.settings import STORED_FIRST, ClientSettings, Variables, environment_only
+from clinical_orchestration.settings import ClientSettings, Variables, environment_only
 
 _logger = logging.getLogger(__name__)
 

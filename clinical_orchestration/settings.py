@@ -22,12 +22,9 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from clinical_orchestration.platform import reading
-from clinical_orchestration.platform.clients import CLIENT_NAMES, client_values
+from clinical_orchestration.platform.clients import CLIENT_NAMES, STORED_FIRST, client_values
 from clinical_orchestration.platform.connection import Connection
 from clinical_orchestration.platform.crypto import Cipher, SecretKeyError
-
-STORED_FIRST = "CLINICAL_STORED_CONNECTIONS"
-"""Ids of connections, separated by commas, or ``all``: these go before the environment variables of the clients."""
 
 _without_database: contextvars.ContextVar[bool] = contextvars.ContextVar("without_database", default=False)
 

@@ -31,6 +31,7 @@ ADDRESSES = {
     "AIRFLOW_URL": "http://127.0.0.1:9",
     "GATEWAY_URL": "http://127.0.0.1:9",
     "POSTGRES_URL": "",
+    "CLINICAL_FERNET_KEY": "",
 }
 
 

@@ -8,6 +8,9 @@ from urllib.parse import quote, urlsplit
 
 from clinical_orchestration.platform.connection import Connection
 
+STORED_FIRST = "CLINICAL_STORED_CONNECTIONS"
+"""Ids of connections, separated by commas, or ``all``: these go before the environment variables of the clients."""
+
 CLIENT_NAMES: dict[str, tuple[str, ...]] = {
     "minio_storage": ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"),
     "redis_features": ("REDIS_URL",),

@@ -271,6 +271,36 @@ def _create_databases(context: Context) -> None:
                 connection.close()
 
 
+def _postgres_ready(context: Context) -> None:
+    """See to it that the databases are there, and in them the defaults of variables and connections."""
+    _create_databases(context)
+    from clinical_orchestration.configuration import load_defaults
+    from clinical_orchestration.platform.store import PlatformStore, StoreUnavailableError
+    from clinical_orchestration.settings import ClientSettings
+
+    settings = ClientSettings.model_validate(context.settings.environment())
+    try:
+        load_defaults(PlatformStore(settings.postgres_url.get_secret_value()), settings)
+    except StoreUnavailableError as error:  # the same values act without being stored
+        context.report(f"the defaults of variables and connections could not be stored: {error}")
+
+
+def _variables(context: Context) -> Variables:
+    """Return the variables, also while PostgreSQL is still starting beside the service that asks.
+
+    Before the first start nothing can be stored, so that nothing is waited for.
+    """
+    stored = paths.data_folder(context.settings.home, "postgres") / "cluster" / "PG_VERSION"
+    deadline = time.monotonic() + 5.0
+    while os.environ.get("POSTGRES_URL") and stored.exists() and time.monotonic() < deadline:
+        try:
+            _probe_postgres(context, 1.0)
+            break
+        except Exception:  # whatever it is: there are defaults, and PostgreSQL reports its own troubles
+            time.sleep(0.05)
+    return Variables()
+
+
 # ------------------------------------------------------------------------------------------------------------------ S3
 
 
@@ -285,8 +315,12 @@ def _weed() -> str:
 
 
 def buckets() -> tuple[str, str]:
-    """Return the buckets of the stack: the lake, and MLflow's artifacts."""
-    variables = Variables()
+    """Return the buckets that the stack starts with: the lake, and MLflow's artifacts.
+
+    S3 starts beside PostgreSQL, so that stored variables do not count here; their buckets are made when MLflow starts
+    and when a run first uses one.
+    """
+    variables = Variables.from_environment()
     return variables.clinical_data_bucket, variables.mlflow_artifact_bucket
 
 
@@ -572,18 +606,23 @@ def _prepare_spark(context: Context) -> None:
     )
 
 
+def _is_local(master: str) -> bool:
+    return master.startswith("local")
+
+
 def spark_configuration(context: Context) -> dict[str, str]:
     """Return the configuration of the embedded Spark Connect server. Keys to S3 come from its environment."""
     data = context.data("spark")
     cores = os.cpu_count() or 1
+    master = _variables(context).spark_master_url or f"local[{max(2, min(cores, 8))}]"
     configuration = {
         "spark.app.name": "clinical",
-        "spark.master": f"local[{max(2, min(cores, 8))}]",
+        "spark.master": master,
         "spark.submit.deployMode": "client",
         "spark.connect.grpc.binding.address": LOOPBACK,
         "spark.connect.grpc.binding.port": str(context.port("spark")),
-        "spark.driver.host": LOOPBACK,
-        "spark.driver.bindAddress": LOOPBACK,
+        # the executors of a cluster must reach the driver
+        **({"spark.driver.host": LOOPBACK, "spark.driver.bindAddress": LOOPBACK} if _is_local(master) else {}),
         "spark.ui.enabled": "false",
         "spark.local.dir": str(data / "local"),
         "spark.sql.warehouse.dir": str(data / "warehouse"),
@@ -654,12 +693,14 @@ def _spark_memory_mb() -> int:
 def _spark_environment(context: Context) -> dict[str, str]:
     import importlib.util
 
+    local = _is_local(_variables(context).spark_master_url or "local")
+
     found = importlib.util.find_spec("pyspark")
     home = (found.submodule_search_locations or [""])[0] if found else ""
     return {
         "SPARK_HOME": home,
         "PYSPARK_PYTHON": sys.executable,
-        "SPARK_LOCAL_IP": LOOPBACK,
+        **({"SPARK_LOCAL_IP": LOOPBACK} if local else {}),
         "SPARK_REMOTE": "",
         # Python workers find the package that they run functions of
         "PYTHONPATH": os.pathsep.join(
@@ -711,11 +752,25 @@ def _resp(parts: Sequence[str]) -> bytes:
 # -------------------------------------------------------------------------------------------------- MLflow and serving
 
 
+def _prepare_mlflow(context: Context) -> None:
+    """Make the buckets of stored variables, which S3 did not know when it started."""
+    variables, secrets = Variables(), context.settings.secrets()
+    for bucket in {variables.clinical_data_bucket, variables.mlflow_artifact_bucket} - set(buckets()):
+        key, secret = secrets.s3_access_key, secrets.s3_secret_key.get_secret_value()
+        status, body = probes.s3_request(context.port("s3"), key, secret, "PUT", f"/{bucket}", 10.0)
+        if status not in (200, 409):
+            reason = body[:200].decode(errors="replace")
+            raise StackError(
+                f"the bucket {bucket} could not be made: S3 answered {status}: {reason}",
+                "Correct the variables clinical_data_bucket and mlflow_artifact_bucket (airflow variables list).",
+            )
+
+
 def _mlflow_command(context: Context) -> list[str]:
     return [
         *(sys.executable, "-m", "clinical_orchestration.stack.mlflow_server"),
         *("--host", LOOPBACK, "--port", str(context.port("mlflow"))),
-        *("--artifacts-destination", f"s3://{buckets()[1]}"),
+        *("--artifacts-destination", f"s3://{Variables().mlflow_artifact_bucket}"),
     ]
 
 
@@ -843,7 +898,7 @@ def specs() -> tuple[ServiceSpec, ...]:
             scheme="postgresql",
             command=_postgres_command,
             prepare=_prepare_postgres,
-            after_ready=_create_databases,
+            after_ready=_postgres_ready,
             run_as=postgres_user,
             stop_signal=signal.SIGINT,
             stop_timeout=15.0,
@@ -938,6 +993,7 @@ def specs() -> tuple[ServiceSpec, ...]:
             needs=("postgres", "s3"),
             port="mlflow",
             command=_mlflow_command,
+            prepare=_prepare_mlflow,
             environment=_mlflow_environment,
             hung_after=45.0,
             probe_timeout=3.0,

@@ -7,6 +7,8 @@ wins over the kept one, which wins over the default.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import secrets as random_secrets
@@ -14,11 +16,13 @@ import shlex
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, Field, PrivateAttr, SecretStr
 
+from clinical_orchestration.platform.clients import STORED_FIRST
+from clinical_orchestration.platform.crypto import FERNET_KEY, new_key
 from clinical_orchestration.stack.model import StackError
 from clinical_orchestration.stack.ports import LOOPBACK, Reservations
 
@@ -50,7 +54,7 @@ INTERNAL_PORTS: tuple[str, ...] = (
 )
 """Ports that only the services themselves use. Free ones are picked; ``CLINICAL_PORT_<NAME>`` sets one."""
 
-TRIAL_VARIABLES = ("CLINICAL_TRIAL", "CLINICAL_LAKE_ROOT")
+TRIAL_VARIABLES = ("CLINICAL_TRIAL", "CLINICAL_LAKE_ROOT", STORED_FIRST)
 """Variables that are handed through to the services when they are set."""
 
 
@@ -85,6 +89,8 @@ class Secrets(BaseModel):
     s3_access_key: str
     s3_secret_key: SecretStr
     postgres_password: SecretStr
+    fernet_key: SecretStr = SecretStr("")
+    """Of the secrets in PostgreSQL; several, separated by commas, while it is changed. Empty in homes of old."""
 
     @classmethod
     def generate(cls) -> Secrets:
@@ -93,6 +99,18 @@ class Secrets(BaseModel):
             s3_access_key="clinical" + random_secrets.token_hex(6),
             s3_secret_key=SecretStr(random_secrets.token_hex(20)),
             postgres_password=SecretStr(random_secrets.token_hex(16)),
+            fernet_key=SecretStr(new_key()),
+        )
+
+    def as_json(self) -> str:
+        """Return the secrets in clear, for the file that keeps them."""
+        return json.dumps(
+            {
+                "s3_access_key": self.s3_access_key,
+                "s3_secret_key": self.s3_secret_key.get_secret_value(),
+                "postgres_password": self.postgres_password.get_secret_value(),
+                "fernet_key": self.fernet_key.get_secret_value(),
+            }
         )
 
 
@@ -176,24 +194,26 @@ class StackSettings(BaseModel):
         write_private(paths.settings_file(self.home), json.dumps({"ports": self.ports}, indent=1) + "\n")
 
     def secrets(self) -> Secrets:
-        """Return the secrets of the home; they are generated and kept at the first call."""
+        """Return the secrets of the home; they are generated and kept at the first call.
+
+        A home of an older version gets what it lacks; what it has stays.
+        """
         from clinical_orchestration.stack import paths
 
         path = paths.secrets_file(self.home)
         try:
-            return Secrets.model_validate_json(path.read_text())
-        except FileNotFoundError:
-            fresh = Secrets.generate()
-            shown = {
-                "s3_access_key": fresh.s3_access_key,
-                "s3_secret_key": fresh.s3_secret_key.get_secret_value(),
-                "postgres_password": fresh.postgres_password.get_secret_value(),
-            }
-            write_private(path, json.dumps(shown) + "\n")
-            return fresh
+            found = _read_secrets(path)
+            if found is not None and found.fernet_key.get_secret_value():
+                return found
+            with _alone(path):  # two first calls at once must agree on the secrets
+                found = _read_secrets(path) or Secrets.generate()
+                if not found.fernet_key.get_secret_value():
+                    found = found.model_copy(update={"fernet_key": SecretStr(new_key())})
+                write_private(path, found.as_json() + "\n")
+                return found
         except (OSError, ValueError) as error:
             raise StackError(
-                f"{path} cannot be read: {type(error).__name__}",
+                f"{path} cannot be read or written: {type(error).__name__}",
                 "It holds the generated passwords of this stack's data. Restore it, or remove the home with --clean.",
             ) from None
 
@@ -231,6 +251,7 @@ class StackSettings(BaseModel):
             "AIRFLOW_URL": self.url("page"),
             "GATEWAY_URL": self.url("gateway"),
             "POSTGRES_URL": self.postgres_url(),
+            FERNET_KEY: secrets.fernet_key.get_secret_value(),
             "DAGSTER_HOME": str(self.dagster_home),
             "CLINICAL_DAGSTER_STORAGE": str(self.home / "data" / "dagster"),
             "CLINICAL_KAFKA_ENABLED": "true" if self.kafka_installed else "false",
@@ -270,6 +291,25 @@ def write_private(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _read_secrets(path: Path) -> Secrets | None:
+    try:
+        return Secrets.model_validate_json(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one process at a time work on a file; the lock is a file beside it and ends with its holder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _read_kept(path: Path) -> dict[str, int]:

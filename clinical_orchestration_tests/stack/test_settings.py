@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,38 @@ def test_secrets_are_generated_once_and_private(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "secrets.json").stat().st_mode) == 0o600
     assert StackSettings.load(tmp_path / "other").secrets() != first
     assert first.s3_secret_key.get_secret_value() not in repr(settings) + repr(first)
+
+
+def test_an_older_home_gets_a_key_for_secrets_and_keeps_what_it_has(tmp_path: Path) -> None:
+    old = {"s3_access_key": "clinicalold", "s3_secret_key": "s" * 40, "postgres_password": "p" * 32}
+    (tmp_path / "secrets.json").write_text(json.dumps(old) + "\n")
+    settings = StackSettings.load(tmp_path)
+
+    first = settings.secrets()
+
+    assert len(first.fernet_key.get_secret_value()) == 44
+    assert StackSettings.load(tmp_path).secrets() == first
+    kept = json.loads((tmp_path / "secrets.json").read_text())
+    assert {name: kept[name] for name in old} == old
+    assert stat.S_IMODE((tmp_path / "secrets.json").stat().st_mode) == 0o600
+    assert settings.environment()["CLINICAL_FERNET_KEY"] == first.fernet_key.get_secret_value()
+    assert first.fernet_key.get_secret_value() not in repr(settings) + repr(first)
+
+
+def test_first_calls_at_once_agree_on_the_secrets(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys; from clinical_orchestration.stack.settings import StackSettings\n"
+        "print(StackSettings.load(pathlib.Path(sys.argv[1])).secrets().as_json())"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+
+    answers = {process.communicate(timeout=60)[0] for process in processes}
+
+    assert len(answers) == 1
+    assert "fernet_key" in answers.pop()
 
 
 def test_the_environment_configures_the_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
