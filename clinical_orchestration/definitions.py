@@ -29,7 +29,7 @@ def build_definitions(resources: dict[str, object] | None = None) -> dg.Definiti
         assets=[asset for stage in STAGES for asset in stage.ASSETS],
         jobs=JOBS,
         schedules=SCHEDULES,
-        sensors=sensors.SENSORS,
+        sensors=[*sensors.SENSORS, *retraining.SENSORS],
         resources={**build_resources(), **(resources or {})},
     )
 
