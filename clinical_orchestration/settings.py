@@ -279,6 +279,15 @@ class Variables(BaseSettings):
     rollback_min_outcomes: int = Field(
         100, ge=1, description="Known outcomes below which the live error decides nothing"
     )
+    clinical_data_minimum_records: int = Field(
+        1000, ge=1, description="New records at which a sensor starts clinical_data_pipeline"
+    )
+    kafka_lag_alert_messages: int = Field(
+        10_000, ge=1, description="Messages of a topic beyond the raw tables above which an alert is raised"
+    )
+    retraining_pause_hours: float = Field(
+        24, ge=0, description="Hours in which a sensor asks only once for retraining for the same kind of reason"
+    )
 
     @classmethod
     def settings_customise_sources(
