@@ -1,0 +1,1 @@
+"""The Airflow REST API, `/api/v1`."""
