@@ -21,6 +21,8 @@ FEATURE_STAGING = "staging/patient_features"
 TRAINING_SET = "gold/training_set"
 PREDICTIONS = "gold/predictions"
 PREDICTION_OUTCOMES = "gold/prediction_outcomes"
+QUALITY_SCORES = "monitoring/quality_scores"
+CLEANING_LOG = "quality/cleaning_log"
 COHORT_MEMBERS = "gold/cohort_members"
 COHORT_ATTRITION = "gold/cohort_attrition"
 COHORT_DEFINITIONS = "gold/cohort_definitions"
@@ -156,6 +158,42 @@ DUPLICATES_COLUMNS: dict[str, str] = {
     "source_position": "string",
     "duplicate_of": "string",  # source_position of the accepted record
     "detected_at": "timestamp",
+}
+
+# monitoring/quality_scores: one row a silver table and quality run
+QUALITY_SCORES_COLUMNS: dict[str, str] = {
+    "trial": "string",
+    "table": "string",
+    "scored_at": "timestamp",
+    "as_of": "timestamp",  # the trial's present
+    "run_id": "string",
+    "rows": "long",
+    "score": "double",  # completeness x validity x acceptance, 0 to 1
+    "completeness": "double",  # mean share of filled cells in the columns that should have one
+    "validity": "double",  # mean over the table's rules of the share of rows that hold them
+    "acceptance": "double",  # share of received records that are not quarantined
+    "coverage": "double",  # share of expected measurements that arrived; null where nothing can be expected
+    "delta_version": "long",  # of the silver table
+}
+
+# quality/cleaning_log: append-only; what was proposed, begun, applied and reverted, record by record
+CLEANING_LOG_COLUMNS: dict[str, str] = {
+    "trial": "string",
+    "batch_id": "string",  # null for proposals
+    "event": "string",  # proposed, begun, applied, revert_begun, reverted
+    "rule": "string",
+    "table": "string",
+    "source_position": "string",
+    "action": "string",  # accept (quarantine to silver), duplicate (quarantine to duplicates), change (in silver)
+    "column": "string",
+    "old_value": "string",
+    "new_value": "string",
+    "reason": "string",
+    "safe": "boolean",
+    "before": "string",  # JSON of the rows as they were; of begun only
+    "after": "string",  # JSON of the rows as they are then; of begun only
+    "logged_at": "timestamp",
+    "run_id": "string",
 }
 
 # gold/patient_features: these, then one nullable double a feature of the trial's profile

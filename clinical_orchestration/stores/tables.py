@@ -199,6 +199,8 @@ def known_schema(name: str) -> pa.Schema | None:
         names.PREDICTION_OUTCOMES: names.PREDICTION_OUTCOMES_COLUMNS,
         names.MODEL_PERFORMANCE: names.MODEL_PERFORMANCE_COLUMNS,
         names.DATA_DRIFT: names.DATA_DRIFT_COLUMNS,
+        names.QUALITY_SCORES: names.QUALITY_SCORES_COLUMNS,
+        names.CLEANING_LOG: names.CLEANING_LOG_COLUMNS,
     }.get(name)
     if columns is None and domain in names.DOMAINS:
         columns = {"bronze": names.BRONZE_COLUMNS, "silver": names.SILVER_COLUMNS[domain]}.get(layer)
