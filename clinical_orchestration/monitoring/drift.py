@@ -423,9 +423,7 @@ def _ageing(reference: Sample, current: Sample, rng: np.random.Generator) -> NDA
     if not len(known) or not len(days) or (days > known.max()).mean() <= EXTRAPOLATED_SHARE:
         return none
     middle = np.median(known)
-    early, late = (
-        reference.take(np.flatnonzero(part)) for part in (reference.days <= middle, reference.days > middle)
-    )
+    early, late = (reference.take(np.flatnonzero(part)) for part in (reference.days <= middle, reference.days > middle))
     if min(early.rows, late.rows) == 0:
         return none
     first, second = (part.take(one_row_a_subject(part, rng)).values for part in (early, late))

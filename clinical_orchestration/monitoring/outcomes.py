@@ -164,4 +164,3 @@ def in_scope(rows: pl.DataFrame, subjects: pl.DataFrame, records: pl.DataFrame, 
         .with_columns(start=pl.coalesce("observed_from", t.min().over("patient_id")))
         .drop("observed_from", "observed_until", "death_time")
     )
-

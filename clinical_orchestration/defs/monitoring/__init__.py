@@ -1,7 +1,21 @@
 """Monitoring of the served model."""
 
-import dagster as dg
+from clinical_orchestration.defs.monitoring.assets import (
+    check_concept_drift,
+    check_model_performance,
+    detect_data_drift,
+    generate_monitoring_report,
+    send_alerts_if_needed,
+    validate_feature_distribution,
+)
 
-ASSETS: list[dg.AssetsDefinition] = []
+ASSETS = [
+    check_model_performance,
+    detect_data_drift,
+    check_concept_drift,
+    validate_feature_distribution,
+    generate_monitoring_report,
+    send_alerts_if_needed,
+]
 
 __all__ = ["ASSETS"]
