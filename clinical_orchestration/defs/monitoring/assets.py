@@ -232,7 +232,7 @@ def detect_data_drift(
     pipeline: PipelineResource,
     tables: dg.ResourceParam[TableStore],
     registry: dg.ResourceParam[ModelRegistry],
-) -> dg.MaterializeResult[Any]:
+) -> Iterator[dg.MaterializeResult[Any]]:
     """Compare the current features with the training set of the champion's version."""
     from clinical_orchestration.defs.monitoring.data import read_truth
 
@@ -247,7 +247,7 @@ def detect_data_drift(
         _write(tables, DATA_DRIFT_TABLE, rows, context, profile)
     result = _drift_result(found, populations, champion)
     context.log.info("Data drift: %s.", result["status"])
-    return materialized(
+    yield materialized(
         asset_key(DATA_DRIFT),
         profile.name,
         {**result, "as_of": truth.now.isoformat()},
@@ -386,7 +386,7 @@ def check_concept_drift(
     pipeline: PipelineResource,
     tables: dg.ResourceParam[TableStore],
     registry: dg.ResourceParam[ModelRegistry],
-) -> dg.MaterializeResult[Any]:
+) -> Iterator[dg.MaterializeResult[Any]]:
     """Watch the champion's errors in time order.
 
     Outcomes are recorded here as well, because this step may run before the one that evaluates them.
@@ -418,7 +418,7 @@ def check_concept_drift(
     context.log.info("Concept drift: %s. %s", status, drift.note)
     at = drift.detected_at
     insufficient = status == "insufficient_data"
-    return materialized(
+    yield materialized(
         asset_key(CONCEPT_DRIFT),
         profile.name,
         {
@@ -480,7 +480,7 @@ def validate_feature_distribution(
     pipeline: PipelineResource,
     tables: dg.ResourceParam[TableStore],
     registry: dg.ResourceParam[ModelRegistry],
-) -> dg.MaterializeResult[Any]:
+) -> Iterator[dg.MaterializeResult[Any]]:
     """Check ranges, gaps and constants of the current rows, and count the features."""
     from clinical_orchestration.defs.monitoring.data import read_truth
     from clinical_orchestration.monitoring.distribution import check_distribution, result
@@ -499,7 +499,7 @@ def validate_feature_distribution(
     context.log.info("Feature distribution: %s.", found["status"])
     passed = distribution is None or not distribution.failing
     enough = distribution is None or (distribution.enough_features and not distribution.absent)
-    return materialized(
+    yield materialized(
         asset_key(FEATURE_DISTRIBUTION),
         profile.name,
         found,
