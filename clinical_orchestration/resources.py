@@ -38,7 +38,11 @@ class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         default_factory=dict,
         description="Free-form; `force_training: true` trains even when nothing changed, "
         "`full_features: true` computes all features again, "
-        "`accept_loss: true` goes on behind Kafka messages that retention removed before they were ingested.",
+        "`apply_cleaning: true` applies the safe corrections of data_quality_monitoring and `revert: <batch id>` takes "
+        "a batch of them back, "
+        "`accept_loss: true` goes on behind Kafka messages that retention removed before they were ingested, "
+        "`start_date` and `end_date` (ISO days, both included) are the range of a feature backfill, by default the "
+        "whole trial.",
     )
 
     def profile(self) -> TrialProfile:

@@ -242,6 +242,9 @@ class Variables(BaseSettings):
     )
     model_retraining_interval_days: int = Field(7, ge=1, description="Age in days at which a model is trained again")
     data_quality_threshold: float = Field(0.95, ge=0, le=1, description="Lowest quality score of a table that passes")
+    data_cleaning_enabled: bool = Field(
+        False, description="Whether data_quality_monitoring applies its safe corrections; proposals are always made"
+    )
     model_performance_threshold: float = Field(0.85, ge=0, le=1, description="Lowest AUROC that passes monitoring")
     alert_email_recipients: str = Field("", description="Addresses that get alerts, separated by commas; empty: none")
     slack_webhook_url: SecretStr = Field(SecretStr(""), description="Slack webhook that gets alerts; empty: none")
