@@ -25,6 +25,7 @@ KINDS = {
     "unhealthy": "bad",
     "stopped": "idle",
     "not_installed": "warn",
+    "off": "idle",
 }
 """State of a service -> how to show it."""
 

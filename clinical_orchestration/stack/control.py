@@ -256,6 +256,13 @@ def _ask_service(settings: StackSettings, spec: ServiceSpec, reported: ServiceSt
     found = blank_status(settings, spec)
     found.pid, found.restarts, found.rss_mb = reported.pid, reported.restarts, reported.rss_mb
     found.started_at, found.note = reported.started_at, reported.note
+    off = spec.off(settings) if spec.off else None
+    if reported.state is State.OFF or (off is not None and reported.state is State.STOPPED):
+        found.state = State.OFF
+        found.error, found.cure = reported.error, reported.cure
+        if off is not None:
+            found.error, found.cure = str(off.args[0]), off.cure
+        return found
     absent = spec.installed(settings) if spec.installed else None
     if absent is not None or reported.state is State.NOT_INSTALLED:
         found.state = State.NOT_INSTALLED

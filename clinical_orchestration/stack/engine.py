@@ -262,7 +262,7 @@ class Unit:
     def start(self) -> None:
         """Begin to supervise; a running one is left alone, a failed one tries again at once."""
         if self.running and not self._stop.is_set():
-            if self.status.state is State.NOT_INSTALLED:
+            if self.status.state in (State.NOT_INSTALLED, State.OFF):
                 self.status.error = self.status.cure = None
                 self._show(State.STARTING)
                 self._wake.set()
@@ -300,6 +300,12 @@ class Unit:
         failures = 0
         try:
             while not self._stop.is_set():
+                off = self.spec.off(self.engine.settings) if self.spec.off else None
+                if off is not None:
+                    self._show(State.OFF, off)
+                    self._wake.clear()
+                    self._wake.wait()
+                    continue
                 if not self._wait_for_needs():
                     break
                 absent = self.spec.installed(self.engine.settings) if self.spec.installed else None

@@ -27,7 +27,8 @@ class State(StrEnum):
     """State of one service.
 
     ``unhealthy`` covers a service that died and waits for its restart, and one that runs but does not answer.
-    ``not_installed`` is a service whose files could not be had; the stack runs without it.
+    ``not_installed`` is a service whose files could not be had; the stack runs without it. ``off`` is an optional
+    service that nobody asked for.
     """
 
     HEALTHY = "healthy"
@@ -35,6 +36,7 @@ class State(StrEnum):
     UNHEALTHY = "unhealthy"
     STOPPED = "stopped"
     NOT_INSTALLED = "not_installed"
+    OFF = "off"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class ServiceStatus:
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong: the service answers, or the stack is complete without it."""
-        return self.state in (State.HEALTHY, State.NOT_INSTALLED)
+        return self.state in (State.HEALTHY, State.NOT_INSTALLED, State.OFF)
 
 
 @dataclass

@@ -57,7 +57,8 @@ class ServiceSpec:
     """One service.
 
     ``prepare`` runs before each start and ``after_ready`` once the probe first succeeded; both may raise. A service
-    without ``command`` is a readiness only. ``installed`` returns why the service cannot be had here, or ``None``.
+    without ``command`` is a readiness only. ``installed`` returns why the service cannot be had here, or ``None``;
+    ``off`` returns why an optional service is not wanted, with the way to turn it on, or ``None``.
     Times are seconds.
     """
 
@@ -75,6 +76,7 @@ class ServiceSpec:
     after_ready: Callable[[Context], None] | None = None
     run_as: Callable[[Context], RunAs | None] | None = None
     installed: Callable[[StackSettings], StackError | None] | None = None
+    off: Callable[[StackSettings], StackError | None] | None = None
     needs_jars: bool = False
     ready_timeout: float = 90.0
     probe_timeout: float = 2.0
@@ -587,6 +589,64 @@ def _probe_kafka(context: Context, timeout: float) -> None:
     probes.kafka_topics(context.port("kafka"), timeout)
 
 
+# ----------------------------------------------------------------------------------- workers beside the pipelines
+
+
+def _mq_off(_: StackSettings) -> StackError | None:
+    """Return why the IBM MQ bridge does not run: there is no queue manager to talk to."""
+    if os.environ.get("CLINICAL_MQ_URL", "").strip():
+        return None
+    return StackError(
+        "off: not configured",
+        "Set CLINICAL_MQ_URL (https://host:9443), CLINICAL_MQ_QUEUE_MANAGER, CLINICAL_MQ_QUEUE, CLINICAL_MQ_USER and "
+        "CLINICAL_MQ_PASSWORD, then stop and start the stack.",
+    )
+
+
+def _streaming_off(_: StackSettings) -> StackError | None:
+    """Return why the streaming job does not run: the pipeline takes the topics in by itself."""
+    if os.environ.get("CLINICAL_STREAMING", "").strip().lower() in ("1", "true", "yes", "on"):
+        return None
+    return StackError(
+        "off: the pipeline takes the topics in when it runs",
+        "Set CLINICAL_STREAMING=true, then stop and start the stack.",
+    )
+
+
+def _streaming_installed(settings: StackSettings) -> StackError | None:
+    return _kafka_installed(settings) or spark_connectors_missing(settings)
+
+
+WORKER_SILENT_SECONDS = 90
+"""A worker tells of itself every few seconds; one request of its own may take a minute where a service is away."""
+
+
+def _probe_worker(name: str) -> Callable[[Context, float], object]:
+    """Return a probe of a worker without a port: its status file is of this process, and young."""
+
+    def probe(context: Context, timeout: float) -> object:
+        path = paths.run_folder(context.settings.home) / f"{name}.json"
+        try:
+            status = json.loads(path.read_text())
+            pid, age = int(status["pid"]), time.time() - float(status["written_at"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise probes.ProbeError("it has not told of itself yet") from error
+        if context.pid is not None and pid != context.pid:
+            raise probes.ProbeError("it has not told of itself yet")
+        if age > WORKER_SILENT_SECONDS:
+            raise probes.ProbeError(f"it has not told of itself for {age:.0f} s")
+        return status
+
+    return probe
+
+
+def _worker_command(module: str) -> Callable[[Context], list[str]]:
+    def command(_: Context) -> list[str]:
+        return [sys.executable, "-m", module]
+
+    return command
+
+
 # --------------------------------------------------------------------------------------------------------------- Spark
 
 
@@ -961,6 +1021,19 @@ def specs() -> tuple[ServiceSpec, ...]:
             command=_module_command("clinical_orchestration.ingestion.gateway", "gateway"),
         ),
         ServiceSpec(
+            "mq_bridge",
+            "IBM MQ bridge",
+            1,
+            _probe_worker("mq_bridge"),
+            needs=("kafka",),
+            needs_jars=True,
+            command=_worker_command("clinical_orchestration.ingestion.mq_bridge"),
+            installed=_kafka_installed,
+            off=_mq_off,
+            hung_after=30.0,
+            stop_timeout=35.0,
+        ),
+        ServiceSpec(
             "spark",
             "Spark Connect",
             2,
@@ -976,6 +1049,20 @@ def specs() -> tuple[ServiceSpec, ...]:
             probe_every=2.0,
             hung_after=60.0,
             ready_timeout=120.0,
+        ),
+        ServiceSpec(
+            "streaming",
+            "Streaming job (Kafka to silver)",
+            2,
+            _probe_worker("streaming"),
+            needs=("kafka", "s3", "spark"),
+            needs_jars=True,
+            command=_worker_command("clinical_orchestration.ingestion.streaming"),
+            installed=_streaming_installed,
+            off=_streaming_off,
+            hung_after=60.0,
+            ready_timeout=120.0,
+            stop_timeout=35.0,
         ),
         ServiceSpec(
             "feature_store",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -14,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from clinical_orchestration.stack import client, control, engine, jars, java, paths, services, supervisor
+from clinical_orchestration.ingestion.status_file import StatusFile
+from clinical_orchestration.stack import client, control, engine, jars, java, paths, probes, services, supervisor
 from clinical_orchestration.stack.engine import Engine
 from clinical_orchestration.stack.model import Event, StackError, StackStatus, State
 from clinical_orchestration.stack.ports import LOOPBACK
@@ -222,6 +224,62 @@ def test_a_service_without_its_files_is_not_installed_and_hinders_nobody(run_eng
     assert states["gateway"].state is State.HEALTHY
 
 
+def test_a_service_that_nobody_asked_for_is_off_and_no_failure(
+    run_engine: Callable[..., Engine], tmp_path: Path
+) -> None:
+    wanted = False
+
+    def off(_: StackSettings) -> StackError | None:
+        return None if wanted else StackError("off: not configured", "configure it")
+
+    bridge = sleeper("bridge", "broker", off=off)
+    made = run_engine(sleeper("broker"), bridge)
+    made.start(["bridge"])
+
+    states = {state.name: state for state in made.wait_ready(["broker", "bridge"], 20)}
+
+    assert (states["bridge"].state, states["bridge"].ok) == (State.OFF, True)
+    assert (states["bridge"].error, states["bridge"].cure) == ("off: not configured", "configure it")
+    asked = control._ask_service(made.settings, bridge, states["bridge"])
+    assert (asked.state, asked.error, asked.cure) == (State.OFF, "off: not configured", "configure it")
+    wanted = True
+    made.start(["bridge"])
+    wait_for(lambda: made.units["bridge"].status.state is State.HEALTHY, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "variable", "value"),
+    [("mq_bridge", 1, "CLINICAL_MQ_URL", "https://mq:9443"), ("streaming", 2, "CLINICAL_STREAMING", "true")],
+)
+def test_optional_workers_are_off_until_they_are_configured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, level: int, variable: str, value: str
+) -> None:
+    spec, settings = services.spec(name), free_settings(tmp_path)
+    assert spec.level == level
+    assert spec.off is not None
+    monkeypatch.delenv(variable, raising=False)
+    absent = spec.off(settings)
+    assert absent is not None
+    assert variable in absent.cure
+    monkeypatch.setenv(variable, value)
+    assert spec.off(settings) is None
+
+
+def test_a_worker_is_healthy_while_its_status_is_young_and_its_own(tmp_path: Path) -> None:
+    settings, probe = free_settings(tmp_path), services.spec("mq_bridge").probe
+    with pytest.raises(probes.ProbeError, match="not told"):
+        probe(Context(settings, os.getpid()), 1.0)
+    written = StatusFile(settings.home, "mq_bridge")
+    written.write({"state": "running"}, now=True)
+    assert probe(Context(settings, os.getpid()), 1.0)
+    with pytest.raises(probes.ProbeError, match="not told"):
+        probe(Context(settings, os.getpid() + 1), 1.0)
+    old = json.loads(written.path.read_text())
+    written.path.write_text(json.dumps({**old, "written_at": old["written_at"] - 1000}))
+    with pytest.raises(probes.ProbeError, match="for 1000 s"):
+        probe(Context(settings, os.getpid()), 1.0)
+
+
 def test_the_log_is_rotated_while_the_program_writes(run_engine: Callable[..., Engine]) -> None:
     from clinical_orchestration.stack.process import rotate
 
@@ -316,7 +374,7 @@ def test_a_stopped_home_has_only_stopped_services(tmp_path: Path) -> None:
     found = client.status(free_settings(tmp_path))
 
     assert found.level == -1
-    assert {one.state for one in found.services} <= {State.STOPPED, State.NOT_INSTALLED}
+    assert {one.state for one in found.services} <= {State.STOPPED, State.NOT_INSTALLED, State.OFF}
     assert StackStatus.from_dict(found.as_dict()) == found
 
 
