@@ -1,7 +1,5 @@
-"""What starts runs when something happens."""
+"""What starts runs when something happens, and what tells people about finished runs."""
 
-import dagster as dg
-
-SENSORS: list[dg.SensorDefinition] = []
+from clinical_orchestration.defs.sensors.sensors import SENSORS
 
 __all__ = ["SENSORS"]
