@@ -138,7 +138,13 @@ def check_model_performance(
                 ],
             ),
         },
-        [dg.AssetCheckResult(check_name=ONE_OUTCOME.name, passed=len(set(every)) == len(every))],
+        [
+            dg.AssetCheckResult(
+                asset_key=asset_key(PREDICTION_OUTCOMES),
+                check_name=ONE_OUTCOME.name,
+                passed=len(set(every)) == len(every),
+            )
+        ],
     )
     if champion is None:
         performance = Performance("insufficient_data", None, (), None, None, None, (NO_CHAMPION,))
@@ -174,6 +180,7 @@ def check_model_performance(
         },
         [
             dg.AssetCheckResult(
+                asset_key=asset_key(PERFORMANCE),
                 check_name=NOT_DEGRADED.name,
                 passed=performance.status != "degraded",
                 severity=dg.AssetCheckSeverity.ERROR,
