@@ -410,7 +410,18 @@ class ConfluentTopicAdmin:
                 [ConsumerGroupTopicPartitions(group, wanted)], request_timeout=self._timeout
             )
 
-        self._asked(ask, f"consumer group {group}")
+        what = f"consumer group {group}"
+        deadline = time.monotonic() + self._timeout
+        while True:
+            # the answer as a whole says nothing about its partitions: each has an error of its own
+            answer = self._asked(ask, what)[group]
+            refused = [item.error for item in answer.topic_partitions if item.error is not None]
+            if not refused:
+                return
+            passing = all(error.code() in _moving_codes() | _new_topic_codes() for error in refused)
+            if not passing or time.monotonic() > deadline:
+                raise RuntimeError(f"{what}: {refused[0].str()}")
+            time.sleep(0.05)
 
     def group_offsets(self, group: str) -> dict[tuple[str, int], int]:
         """Return the published next offsets of a group."""
@@ -423,6 +434,16 @@ class ConfluentTopicAdmin:
 
         answer = self._asked(ask, f"consumer group {group}")[group]
         return {(item.topic, item.partition): item.offset for item in answer.topic_partitions if item.offset >= 0}
+
+    def groups(self) -> dict[str, str]:
+        """Return the state of every consumer group by its name, such as ``stable`` or ``empty``.
+
+        Raises:
+            KafkaUnavailableError: no broker answers.
+        """
+        future = self._client.list_consumer_groups(request_timeout=self._timeout)
+        answer = self._result(future, "the consumer groups")
+        return {item.group_id: item.state.name.lower() for item in answer.valid}
 
     def lag(self, group: str, topics: Iterable[str]) -> dict[tuple[str, int], int]:
         """Return how many offsets the group is behind the end of each partition."""
@@ -851,6 +872,13 @@ def _moving_codes() -> frozenset[int]:
             KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
         }
     )
+
+
+def _new_topic_codes() -> frozenset[int]:
+    """Return what a group's coordinator answers while it has not heard of a topic that was just made."""
+    from confluent_kafka import KafkaError
+
+    return frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.NOT_COORDINATOR})
 
 
 def _silent_logger() -> Any:

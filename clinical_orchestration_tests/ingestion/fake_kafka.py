@@ -33,7 +33,7 @@ class FakeKafka:
     def __init__(self) -> None:
         self.logs: dict[str, list[_Partition]] = {}
         self.made: dict[str, int] = {}
-        self.groups: dict[str, dict[tuple[str, int], int]] = {}
+        self.committed: dict[str, dict[tuple[str, int], int]] = {}
         self.kept_forever: set[str] = set()
         self.down = False
         self.refuse_after: int | None = None  # so many more records are acknowledged, then none
@@ -64,10 +64,13 @@ class FakeKafka:
 
     def commit_group(self, group: str, offsets: Mapping[tuple[str, int], int]) -> None:
         self._check()
-        self.groups.setdefault(group, {}).update(offsets)
+        self.committed.setdefault(group, {}).update(offsets)
+
+    def groups(self) -> dict[str, str]:
+        return dict.fromkeys(self.committed, "empty")
 
     def group_offsets(self, group: str) -> dict[tuple[str, int], int]:
-        return dict(self.groups.get(group, {}))
+        return dict(self.committed.get(group, {}))
 
     def lag(self, group: str, topics: Iterable[str]) -> dict[tuple[str, int], int]:
         known = self.group_offsets(group)
