@@ -290,11 +290,12 @@ def class_edges(reference: Floats) -> tuple[Floats, NDArray[np.bool_]]:
         reference: rows x features, NaN where missing.
 
     Returns:
-        features x 12 edges, padded with infinity: class k is (edge k-1, edge k], the last one open; and features.
-        Discrete features have a class for every value, others for every tenth of the reference.
+        features x 13 edges, padded with infinity: class k is (edge k-1, edge k], the last one open; and features.
+        Discrete features have a class for every value and two for values beyond, others for every tenth of the
+        reference.
     """
     features = reference.shape[1]
-    edges = np.full((features, MAX_CATEGORIES), np.inf)
+    edges = np.full((features, MAX_CATEGORIES + 1), np.inf)
     discrete = np.zeros(features, dtype=bool)
     ordered = np.sort(reference, axis=0)  # NaN last
     present = np.isfinite(ordered).sum(axis=0)
@@ -306,7 +307,9 @@ def class_edges(reference: Floats) -> tuple[Floats, NDArray[np.bool_]]:
         distinct = values[np.append(True, np.diff(values) > 0)]
         if len(distinct) <= MAX_CATEGORIES:
             discrete[column] = True
-            edges[column, : len(distinct) - 1] = distinct[:-1]
+            # values below the lowest and above the highest are new: they have classes of their own
+            edges[column, 0] = np.nextafter(distinct[0], -np.inf)
+            edges[column, 1 : len(distinct) + 1] = distinct
             continue
         cuts = values[(np.arange(1, BINS) * len(values)) // BINS]
         # a class of its own below a value that most rows have
@@ -316,7 +319,7 @@ def class_edges(reference: Floats) -> tuple[Floats, NDArray[np.bool_]]:
 
 
 def class_counts(values: Floats, edges: Floats) -> Floats:
-    """Return features x 14 counts: the 13 classes of :func:`class_edges`, then "missing"."""
+    """Return features x 15 counts: the 14 classes of :func:`class_edges`, then "missing"."""
     finite = np.isfinite(values)
     present = finite.sum(axis=0)
     below = np.stack([((values <= edges[:, k]) & finite).sum(axis=0) for k in range(edges.shape[1])], axis=1)

@@ -150,7 +150,7 @@ def check_model_performance(
         performance = Performance("insufficient_data", None, (), None, None, None, (NO_CHAMPION,))
     else:
         baseline = baseline_of(registry, champion)
-        performance = assess(outcomes_of(tables, profile, champion), profile, baseline, seed=SEED)
+        performance = assess(outcomes_of(tables, profile, champion, truth), profile, baseline, seed=SEED)
         _write(
             tables,
             MODEL_PERFORMANCE,
@@ -394,11 +394,8 @@ def check_concept_drift(
     tables: dg.ResourceParam[TableStore],
     registry: dg.ResourceParam[ModelRegistry],
 ) -> Iterator[dg.MaterializeResult[Any]]:
-    """Watch the champion's errors in time order.
-
-    Outcomes are recorded here as well, because this step may run before the one that evaluates them.
-    """
-    from clinical_orchestration.defs.monitoring.data import baseline_of, outcomes_of, read_truth, record_outcomes
+    """Watch the champion's errors in time order."""
+    from clinical_orchestration.defs.monitoring.data import baseline_of, outcomes_of, read_truth
     from clinical_orchestration.monitoring.concept import ConceptDrift, detect
     from clinical_orchestration.monitoring.performance import assess, one_a_feature_row
 
@@ -408,9 +405,7 @@ def check_concept_drift(
         drift, detectors = ConceptDrift("insufficient_data", {}, [], NO_CHAMPION), {}
         status, advice = drift.status, NO_CHAMPION
     else:
-        truth = read_truth(tables, profile)
-        record_outcomes(tables, profile, truth)
-        outcomes = outcomes_of(tables, profile, champion)
+        outcomes = outcomes_of(tables, profile, champion, read_truth(tables, profile))
         drift = detect(one_a_feature_row(outcomes), seed=SEED)
         performance = assess(outcomes, profile, baseline_of(registry, champion), seed=SEED, replicates=500)
         detectors = {name: item.as_dict(drift.times) for name, item in drift.detectors.items()}

@@ -11,6 +11,7 @@ from clinical_orchestration.tables import (
     DOMAINS,
     FEATURE_KEY_COLUMNS,
     PREDICTION_OUTCOMES,
+    PREDICTION_OUTCOMES_COLUMNS,
     PREDICTIONS,
     TRAINING_SET,
     silver,
@@ -91,27 +92,11 @@ def record_outcomes(tables: TableStore, profile: TrialProfile, truth: Truth) -> 
     Raises:
         TransactionMovedError: other runs kept writing outcomes.
     """
-    import polars as pl
-
-    from clinical_orchestration.monitoring.outcomes import PREDICTION_COLUMNS, join_outcomes
-
     app = f"outcomes:{profile.name}"
     attempt = 1
     while True:
         written = tables.transaction_version(PREDICTION_OUTCOMES, app)
-        known = _frame(tables, PREDICTION_OUTCOMES, profile, ["prediction_id"])
-        open_predictions = _frame(tables, PREDICTIONS, profile, list(PREDICTION_COLUMNS)).filter(
-            ~pl.col("prediction_id").is_in(known["prediction_id"].implode())
-        )
-        outcomes, counts = join_outcomes(
-            open_predictions,
-            truth.adverse_events,
-            truth.subjects,
-            truth.records,
-            profile,
-            now=truth.now,
-            recorded_at=truth.wall,
-        )
+        _, outcomes, counts = _outcomes(tables, profile, truth)
         if outcomes.is_empty():
             tables.ensure(PREDICTION_OUTCOMES)
             return counts
@@ -131,13 +116,38 @@ def record_outcomes(tables: TableStore, profile: TrialProfile, truth: Truth) -> 
             return counts
 
 
-def outcomes_of(tables: TableStore, profile: TrialProfile, champion: ModelVersionInfo) -> "pl.DataFrame":
-    """Return the outcomes of the champion's own predictions: those of other versions are kept apart."""
+def outcomes_of(tables: TableStore, profile: TrialProfile, champion: ModelVersionInfo, truth: Truth) -> "pl.DataFrame":
+    """Return the outcomes of the champion's own predictions, recorded or not yet: other versions are kept apart."""
     import polars as pl
 
-    return _frame(tables, PREDICTION_OUTCOMES, profile).filter(
+    recorded, known, _ = _outcomes(tables, profile, truth)
+    return pl.concat([recorded, known], how="vertical_relaxed").filter(
         (pl.col("model_name") == champion.name) & (pl.col("model_version") == champion.version)
     )
+
+
+def _outcomes(
+    tables: TableStore, profile: TrialProfile, truth: Truth
+) -> "tuple[pl.DataFrame, pl.DataFrame, OutcomeCounts]":
+    """Return the outcomes that are recorded, those that have become known since, and what became of the rest."""
+    import polars as pl
+
+    from clinical_orchestration.monitoring.outcomes import PREDICTION_COLUMNS, join_outcomes
+
+    recorded = _frame(tables, PREDICTION_OUTCOMES, profile, list(PREDICTION_OUTCOMES_COLUMNS))
+    undecided = _frame(tables, PREDICTIONS, profile, list(PREDICTION_COLUMNS)).filter(
+        ~pl.col("prediction_id").is_in(recorded["prediction_id"].implode())
+    )
+    known, counts = join_outcomes(
+        undecided,
+        truth.adverse_events,
+        truth.subjects,
+        truth.records,
+        profile,
+        now=truth.now,
+        recorded_at=truth.wall,
+    )
+    return recorded, known, counts
 
 
 def read_populations(
