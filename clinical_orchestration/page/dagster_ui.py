@@ -56,9 +56,26 @@ def open_workspace(workspace_file: Path, stack: ExitStack) -> WorkspaceProcessCo
     instance.optimize_for_webserver(STATEMENT_TIMEOUT_MS, pool_recycle=3600, max_overflow=POOL_OVERFLOW)
     check_pooled_connections(instance)
     ensure_pools(instance)
+    _store_defaults()
     return stack.enter_context(
         WorkspaceProcessContext(instance, WorkspaceFileTarget(paths=[str(workspace_file)]), version=version)
     )
+
+
+def _store_defaults() -> None:
+    """Store the defaults of variables and connections where they are absent; they act without being stored, too."""
+    import os
+
+    from clinical_orchestration.configuration import load_defaults
+    from clinical_orchestration.platform.store import PlatformStore, StoreUnavailableError
+
+    url = os.environ.get("POSTGRES_URL", "")
+    if not url:
+        return
+    try:
+        load_defaults(PlatformStore(url))
+    except StoreUnavailableError as error:
+        _logger.warning("the defaults of variables and connections could not be stored: %s", error)
 
 
 def check_pooled_connections(instance: DagsterInstance) -> None:

@@ -113,9 +113,9 @@ class Connection:
         """
         schemes = uri.count("://")
         conn_type = urlsplit(uri).scheme
-        if not conn_type or schemes > 2:
+        if not conn_type or schemes not in (1, 2):
             raise ConnectionFormatError(f"The URI of {conn_id} is not type://login:password@host:port/schema")
-        rest = uri.split("://", 1)[1] if "://" in uri else uri.split(":", 1)[1].lstrip("/")
+        rest = uri.split("://", 1)[1]
         protocol = None
         if schemes == 2:
             protocol, rest = rest.split("://", 1)

@@ -1,0 +1,74 @@
+"""The deployment that a command works on: that of the environment, else the embedded stack of this checkout."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from clinical_orchestration.cli.command import CommandError
+
+if TYPE_CHECKING:
+    from dagster import DagsterInstance
+
+    from clinical_orchestration.platform.store import PlatformStore
+
+
+def use_stack() -> None:
+    """Take the environment of the embedded stack where the shell names no database and the stack has been set up.
+
+    What the shell sets itself stays.
+    """
+    if "POSTGRES_URL" in os.environ:
+        return
+    from clinical_orchestration.stack import paths
+    from clinical_orchestration.stack.model import StackError
+    from clinical_orchestration.stack.settings import StackSettings, default_home
+
+    home = default_home()
+    if not paths.secrets_file(home).exists():
+        return
+    try:
+        environment = StackSettings.load(home).environment()
+    except StackError as error:
+        raise CommandError(str(error)) from None
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+
+
+def store() -> PlatformStore:
+    """Return the store of variables and connections.
+
+    Raises:
+        CommandError: the environment names no database.
+    """
+    from clinical_orchestration.platform.store import PlatformStore
+
+    url = os.environ.get("POSTGRES_URL", "")
+    if not url:
+        raise CommandError(
+            "There is no database: POSTGRES_URL is not set. Start the stack (./pipeline-manager.sh --start), or in a "
+            'shell of its own: eval "$(./pipeline-manager.sh --env)"'
+        )
+    return PlatformStore(url)
+
+
+@contextlib.contextmanager
+def instance() -> Iterator[DagsterInstance]:
+    """Give the Dagster instance of ``DAGSTER_HOME``.
+
+    Raises:
+        CommandError: it is not set, or the instance's database does not answer.
+    """
+    if not os.environ.get("DAGSTER_HOME"):
+        raise CommandError('DAGSTER_HOME is not set. Start the stack, or: eval "$(./pipeline-manager.sh --env)"')
+    from dagster import DagsterInstance
+    from sqlalchemy.exc import DBAPIError
+
+    try:
+        with DagsterInstance.get() as found:
+            yield found
+    except DBAPIError as error:
+        # the text of the error has the address, and may have what is in a URL
+        raise CommandError(f"The database of Dagster does not answer ({type(error.orig).__name__})") from None
