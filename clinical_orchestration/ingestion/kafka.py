@@ -179,11 +179,7 @@ def _ingest_topic(
         committed = {partition: tables.transaction_version(table, offset_app(topic, partition)) for partition in kept}
         known = tables.transaction_version(table, identity_app(topic))
         if known not in (None, identity):
-            problems.append(
-                f"topic {topic} was deleted and made again after it was ingested, so its offsets name other messages; "
-                "nothing was read from it. Send its messages to a topic of a new name and set the variable "
-                f"kafka_{result.domain}_topic to that name"
-            )
+            problems.append(_made_again(topic, result.domain))
             return
         ranges, found = _ranges(result, kept, committed, accept_loss)
         if not attempt:
@@ -269,6 +265,104 @@ def _append(
             result.commits += 1
         recorded.update(moved)
         identity = None
+
+
+def append_messages(
+    tables: TableStore,
+    reader: TopicReader,
+    domain: str,
+    topic: str,
+    messages: Sequence[Message],
+    *,
+    default_trial: str,
+    now: datetime | None = None,
+    max_batch_rows: int = 20_000,
+) -> TopicIngest:
+    """Append messages of one topic that another consumer read, such as a micro-batch of Spark.
+
+    The offsets in Delta decide, not the consumer's: messages that are in bronze are left out, and where the consumer
+    began behind the recorded offset, what is between is read from the topic first. So this and :func:`ingest_topics`
+    may take turns, or work at the same time.
+
+    Args:
+        tables: the lakehouse.
+        reader: the topics, for their bounds and identity and for what the consumer skipped.
+        domain: bronze domain of the topic.
+        topic: the topic.
+        messages: committed messages; of each partition all that the log has between the first and the last.
+        default_trial: trial of messages without a ``trial`` header.
+        now: UTC time of ingestion; default the time of each commit.
+        max_batch_rows: most rows in one commit of what the consumer skipped.
+
+    Raises:
+        OffsetsLostError: messages between the recorded offset and the first of these are gone, or the topic is not
+            the one ingested before.
+    """
+    table, result = bronze(domain), TopicIngest(domain, topic)
+    received: dict[int, list[Message]] = {}
+    for message in sorted(messages, key=lambda item: (item.partition, item.offset)):
+        received.setdefault(message.partition, []).append(message)
+    ends = {partition: own[-1].offset + 1 for partition, own in received.items()}
+    kept = {partition: bounds for partition, bounds in reader.offsets(topic).items() if partition in received}
+    identity = identity_version(reader.topic_id(topic))
+    report = TopicIngestReport({domain: result})
+    for _ in range(_RACES):
+        committed = {partition: tables.transaction_version(table, offset_app(topic, partition)) for partition in kept}
+        known = tables.transaction_version(table, identity_app(topic))
+        if known not in (None, identity):
+            raise OffsetsLostError([_made_again(topic, domain)], report)
+        ranges, problems = _ranges(result, kept, committed, accept_loss=False)
+        if problems:
+            raise OffsetsLostError(problems, report)
+        result.before = result.before or {partition: bounds.begin for partition, bounds in ranges.items()}
+        result.after = {partition: max(ranges[partition].begin, end) for partition, end in ends.items()}
+        wanted = {partition: end for partition, end in ends.items() if end > ranges[partition].begin}
+        if not wanted:
+            return result
+        skipped = {
+            partition: OffsetRange(ranges[partition].begin, received[partition][0].offset)
+            for partition in wanted
+            if ranges[partition].begin < received[partition][0].offset
+        }
+        try:
+            if skipped:  # the markers of transactions, or what another consumer's progress passed over
+                _append(tables, reader, result, skipped, committed, identity if known is None else None, default_trial,
+                        now, max_batch_rows)  # fmt: skip
+                committed |= {partition: bounds.end for partition, bounds in skipped.items()}
+                known = identity
+            rows = bronze_rows(
+                [
+                    item
+                    for partition in wanted
+                    for item in received[partition]
+                    if item.offset >= ranges[partition].begin
+                ],
+                default_trial,
+                now or datetime.now(UTC),
+            )
+            transactions = {offset_app(topic, partition): end for partition, end in wanted.items()}
+            expected = {offset_app(topic, partition): committed[partition] for partition in wanted}
+            if known is None:
+                transactions[identity_app(topic)] = identity
+                expected[identity_app(topic)] = None
+            if tables.append(table, rows, transactions=transactions, expected=expected) is not None:
+                result.rows += rows.num_rows
+                result.commits += 1
+            return result
+        except TransactionMovedError:
+            result.races += 1
+            time.sleep(random.uniform(0.01, 0.1))
+        except OffsetOutOfRangeError:  # retention removed it meanwhile: the next look says so
+            kept = {partition: bounds for partition, bounds in reader.offsets(topic).items() if partition in received}
+    raise TransactionMovedError(f"other ingesters of topic {topic} moved its positions {_RACES} times; try again later")
+
+
+def _made_again(topic: str, domain: str) -> str:
+    return (
+        f"topic {topic} was deleted and made again after it was ingested, so its offsets name other messages; "
+        "nothing was read from it. Send its messages to a topic of a new name and set the variable "
+        f"kafka_{domain}_topic to that name"
+    )
 
 
 def bronze_rows(messages: Sequence[Message], default_trial: str, now: datetime) -> pa.Table:
