@@ -266,6 +266,47 @@ class ModelRegistry:
 
         return self._call(f"experiment {name}", ask)
 
+    def log_run(
+        self,
+        experiment_id: str,
+        *,
+        name: str | None = None,
+        params: Mapping[str, object] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        files: Mapping[str, bytes] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> str:
+        """Store one finished run that is no training of the pipeline, such as an analysis, and return its id.
+
+        Args:
+            experiment_id: From :meth:`ensure_experiment`.
+            name: Shown in MLflow; made up by it where not given.
+            params, metrics, tags: As MLflow shows them.
+            files: Artifacts of the run, path -> content.
+        """
+
+        def ask() -> str:
+            from mlflow.entities import Param
+
+            client = self._client()
+            own = {"mlflow.source.name": "clinical_orchestration", **(tags or {})}
+            run_id = str(client.create_run(experiment_id, tags=own, run_name=name).info.run_id)
+            try:
+                entries = [Param(key, str(value)) for key, value in (params or {}).items()]
+                for start in range(0, len(entries), _PARAMS_A_BATCH):
+                    client.log_batch(run_id, params=entries[start : start + _PARAMS_A_BATCH])
+                self._log_metrics(client, run_id, metrics or {}, None)
+                if files:
+                    self._log_files(client, run_id, files)
+            except BaseException:
+                with suppress(Exception):  # the first error is the one to tell
+                    client.set_terminated(run_id, status="FAILED")
+                raise
+            client.set_terminated(run_id, status="FINISHED")
+            return run_id
+
+        return self._call(f"run of experiment {experiment_id}", ask)
+
     def log_training(
         self,
         experiment_id: str,
