@@ -248,7 +248,8 @@ def swapped_pressures(vitals: pl.DataFrame) -> list[Proposal]:
     return [
         Proposal(
             SWAPPED_RULE, "patient_vitals", row["source_position"], "change", "value",
-            f"SYSBP {row['value']:g}, DIABP {row['value_low']:g}", f"SYSBP {row['value_low']:g}, DIABP {row['value']:g}",
+            f"SYSBP {row['value']:g}, DIABP {row['value_low']:g}",
+            f"SYSBP {row['value_low']:g}, DIABP {row['value']:g}",
             "the systolic pressure is below the diastolic one of the same reading", safe=False, site=row["site"],
         )
         for row in wrong.sort("source_position").iter_rows(named=True)

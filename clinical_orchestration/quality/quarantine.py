@@ -18,7 +18,7 @@ _SUBJECT = re.compile(r"([a-z0-9_]+): ([A-Za-z0-9_]+)")
 _TIMES = ("timestamp", "event_timestamp", "enrolled_at", "VSDTC", "LBDTC", "AESTDTC", "EXSTDTC", "CMSTDTC", "DMDTC")
 SCHEMA = {
     "table": "String", "source_position": "String", "patient_id": "String", "site": "String", "test_code": "String",
-    "lab_id": "String", "event_time": "Datetime", "rule": "String", "field": "String",
+    "tests": "List", "lab_id": "String", "event_time": "Datetime", "rule": "String", "field": "String",
 }  # fmt: skip
 """Columns of :func:`rejections`."""
 
@@ -32,8 +32,8 @@ def rejections(quarantine: pl.DataFrame, sites: pl.DataFrame) -> pl.DataFrame:
 
     Returns:
         Columns of :data:`SCHEMA`: ``rule`` and ``field`` (a field of the contract, an SDTM variable or a test code;
-        null where the reason names none), ``test_code`` of a vital sign or laboratory test, the site, and the time
-        that the record gives, null where it cannot be read.
+        null where the reason names none), ``test_code`` of the vital sign or laboratory test that the reason is about,
+        ``tests`` that the record holds, the site, and the time that the record gives, null where it cannot be read.
     """
     import orjson
     import polars as pl
@@ -55,11 +55,14 @@ def rejections(quarantine: pl.DataFrame, sites: pl.DataFrame) -> pl.DataFrame:
         if test is None and (name := _text(record, "test_name")) is not None:
             test = lab_test_code(name)
         time, lab = _time(record), _text(record, "lab_id", "LBREFID")
+        tests = [code for name, code in _TEST_OF_FIELD.items() if record.get(name) is not None]
+        tests = [test] if test is not None else tests
         for reason in reasons or ["unknown: no reason is recorded"]:
             rule, field = rule_and_field(reason)
             code = test or _TEST_OF_FIELD.get(field or "")
-            rows.append((table, position, patient, site, code, lab, time, rule, field))
-    schema = {name: pl.Datetime("us", "UTC") if kind == "Datetime" else pl.String for name, kind in SCHEMA.items()}
+            rows.append((table, position, patient, site, code, tests, lab, time, rule, field))
+    types = {"String": pl.String, "Datetime": pl.Datetime("us", "UTC"), "List": pl.List(pl.String)}
+    schema = {name: types[kind] for name, kind in SCHEMA.items()}
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
