@@ -1,0 +1,138 @@
+"""Dagster's scheduler and sensor daemon on the real definitions with a moved clock, and on small ones when killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from dagster._core.storage.tags import SCHEDULED_EXECUTION_TIME_TAG
+
+from clinical_orchestration.contract import PIPELINES
+from clinical_orchestration_tests.sensors.support import (
+    finish_runs,
+    in_a_process_that_may_die,
+    minutes,
+    schedule_iteration,
+    sensor_iteration,
+    workspace,
+)
+from clinical_orchestration_tests.sensors.tiny_location import WORLD
+
+SEEDS = int(os.environ.get("CLINICAL_TEST_SEEDS", "3"))
+TINY = "clinical_orchestration_tests.sensors.tiny_location"
+SATURDAY = datetime(2026, 3, 7, 22, 30, tzinfo=UTC)
+EXPECTED = {
+    "clinical_data_pipeline": {0, 6, 12, 18},
+    "model_monitoring": set(range(0, 24, 2)),
+    "data_quality_monitoring": {0, 4, 8, 12, 16, 20},
+}
+SCHEDULE_POINTS = ("TICK_CREATED", "TICK_HELD", "RUN_CREATED", "RUN_LAUNCHED", "RUN_ADDED", "TICK_SUCCESS")
+SENSOR_POINTS = ("TICK_CREATED", "TICK_HELD", "RUN_IDS_RESERVED", "RUN_CREATED", "RUN_LAUNCHED")
+
+
+def ticks(instance: dg.DagsterInstance) -> dict[str, Counter[datetime]]:
+    """Count the runs of each job by the time they were scheduled for."""
+    found: dict[str, Counter[datetime]] = {}
+    for run in instance.get_runs():
+        scheduled = run.tags.get(SCHEDULED_EXECUTION_TIME_TAG)
+        if scheduled:
+            found.setdefault(run.job_name, Counter())[datetime.fromisoformat(scheduled).astimezone(UTC)] += 1
+    return found
+
+
+def test_the_schedules_fire_at_the_times_of_the_contract(tmp_path: Path) -> None:
+    """From Saturday evening, over Sunday midnight when the weekly one fires, to Monday."""
+    end = SATURDAY + timedelta(hours=26)
+    with workspace(tmp_path, "clinical_orchestration.definitions") as context:
+        for now in minutes(SATURDAY, 26 * 2 + 1, 30):
+            schedule_iteration(context, now)
+        found = ticks(context.instance)
+        jobs = {
+            job.name
+            for entry in context.create_request_context().get_code_location_entries().values()
+            if entry.code_location
+            for repository in entry.code_location.get_repositories().values()
+            for job in repository.get_all_jobs()
+        }
+    for name, hours in EXPECTED.items():
+        if name not in jobs:
+            continue
+        wanted = {
+            moment
+            for day in (8, 9)
+            for hour in hours
+            if SATURDAY < (moment := datetime(2026, 3, day, hour, tzinfo=UTC)) <= end
+        }
+        assert set(found[name]) == wanted, name
+        assert set(found[name].values()) == {1}, name
+    assert "clinical_data_pipeline" in found
+    if "scheduled_retraining" in jobs:
+        assert found["scheduled_retraining"] == Counter([datetime(2026, 3, 8, tzinfo=UTC)])
+    assert "feature_backfill" not in found
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_scheduler_that_is_killed_skips_no_tick_and_doubles_none(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    names = [f"{pipeline.name}_schedule" for pipeline in PIPELINES if pipeline.cron]
+    with workspace(tmp_path, TINY) as context:
+        schedule_iteration(context, SATURDAY)
+        kills = 0
+        now = SATURDAY
+        while now < SATURDAY + timedelta(hours=10):
+            now += timedelta(minutes=chance.choice([1, 20, 45]))
+            crash = {chance.choice(names): chance.choice(SCHEDULE_POINTS)} if chance.random() < 0.7 else {}
+            kills += in_a_process_that_may_die(lambda now=now, crash=crash: schedule_iteration(context, now, crash))  # type: ignore[misc]
+        now += timedelta(minutes=1)
+        schedule_iteration(context, now)
+        found = ticks(context.instance)
+    assert kills > 0
+    for pipeline in PIPELINES:
+        if pipeline.cron is None:
+            assert pipeline.name not in found
+            continue
+        hours = EXPECTED.get(pipeline.name, {0})
+        wanted = {
+            moment
+            for hour in hours
+            if SATURDAY < (moment := datetime(2026, 3, 8, hour, tzinfo=UTC)) <= now
+        }  # fmt: skip
+        assert found.get(pipeline.name, Counter()) == Counter(wanted), pipeline.name
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_sensor_daemon_that_is_killed_starts_one_run_for_each_event(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = random.Random(seed)
+    world = tmp_path / "world.json"
+    world.write_text("0", encoding="utf-8")
+    monkeypatch.setenv(WORLD, str(world))
+    count, kills, now = 0, 0, SATURDAY
+    with workspace(tmp_path / "home", TINY) as context:
+        for _ in range(16):
+            if chance.random() < 0.6:
+                count += chance.randint(1, 5)
+                world.write_text(json.dumps(count), encoding="utf-8")
+            if chance.random() < 0.5:
+                finish_runs(context.instance)
+            now += timedelta(seconds=chance.choice([31, 60, 90]))
+            crash = {"counting_sensor": chance.choice(SENSOR_POINTS)} if chance.random() < 0.6 else {}
+            kills += in_a_process_that_may_die(lambda now=now, crash=crash: sensor_iteration(context, now, crash))  # type: ignore[misc]
+        for _ in range(4):
+            finish_runs(context.instance)
+            now += timedelta(seconds=31)
+            sensor_iteration(context, now)
+        runs = context.instance.get_runs()
+    assert kills > 0
+    ranges = sorted(
+        tuple(map(int, run.run_config["resources"]["pipeline"]["config"]["conf"]["range"].split("-"))) for run in runs
+    )
+    assert [start for start, _ in ranges] == [0, *(end for _, end in ranges[:-1])], "an event was skipped or doubled"
+    assert ranges[-1][1] == count
