@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from clinical_orchestration.quality.anomalies import MAD_TO_SD
 from clinical_orchestration.transforms.units import normalise_unit
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ SITE_SHARE = 0.9
 
 NEAR = 2.0
 """A converted temperature must lie so near (C) to what the patient, else the site, has otherwise."""
+
+FAR = 10.0
+"""A reading is far from its patient's median from so many robust standard deviations on."""
 
 DECIMAL_NEAR = 4.0
 """A shifted reading must lie within so many robust standard deviations of the patient's median."""
@@ -267,9 +271,14 @@ def decimal_slips(table: str, rows: pl.DataFrame) -> list[Proposal]:
     import polars as pl
 
     enough = pl.len().over("patient_id", "test_code") >= 5
-    far = (pl.col("residual") / pl.col("scale")).abs() > 10
+    far = (pl.col("residual") / pl.col("scale")).abs() > FAR
+    # of tests that rise tenfold in disease (such as CRP) a tenfold value is no slip: far by their logarithm, too
+    ratio = (pl.col("value") / pl.col("centre")).log()
+    rows = rows.filter((pl.col("value") > 0) & (pl.col("centre") > 0)).with_columns(ratio=ratio)
+    rows = rows.with_columns(ratio_scale=pl.col("ratio").abs().median().over("test_code") * MAD_TO_SD)
+    far = far & (pl.col("ratio").abs() > FAR * pl.max_horizontal("ratio_scale", pl.lit(0.01)))
     proposals = []
-    for row in rows.filter(enough & far & (pl.col("value") > 0)).sort("source_position").iter_rows(named=True):
+    for row in rows.filter(enough & far).sort("source_position").iter_rows(named=True):
         for factor in (0.1, 10.0):
             shifted = row["value"] * factor
             if abs(shifted - row["centre"]) <= DECIMAL_NEAR * row["scale"]:

@@ -61,7 +61,7 @@ def rejections(quarantine: pl.DataFrame, sites: pl.DataFrame) -> pl.DataFrame:
             rule, field = rule_and_field(reason)
             code = test or _TEST_OF_FIELD.get(field or "")
             rows.append((table, position, patient, site, code, tests, lab, time, rule, field))
-    types = {"String": pl.String, "Datetime": pl.Datetime("us", "UTC"), "List": pl.List(pl.String)}
+    types: dict[str, Any] = {"String": pl.String, "Datetime": pl.Datetime("us", "UTC"), "List": pl.List(pl.String)}
     schema = {name: types[kind] for name, kind in SCHEMA.items()}
     return pl.DataFrame(rows, schema=schema, orient="row")
 
