@@ -133,6 +133,7 @@ def ask_for_run(
     decide: Callable[[Cursor], Decision],
     *,
     patience: Patience,
+    services: str = "a service",
     now: datetime | None = None,
 ) -> dg.SensorResult:
     """Evaluate a sensor of a job.
@@ -142,6 +143,7 @@ def ask_for_run(
         job_name: the job that the sensor starts.
         decide: observes and decides, for the cursor that it is given; blocking, limited by `patience`.
         patience: the sensor's own.
+        services: what `decide` asks, for the reason when it does not answer.
         now: the wall clock.
 
     Returns:
@@ -172,7 +174,7 @@ def ask_for_run(
     try:
         decision = patience(lambda: decide(before))
     except Exception as error:
-        return _quiet(cursor, f"not decided: {describe(error)}")
+        return _quiet(cursor, f"not decided: {describe(error, services)}")
     if decision.memory is not None:
         cursor = replace(cursor, memory=decision.memory)
     if not isinstance(decision, Ask):
@@ -187,13 +189,17 @@ def ask_for_run(
     return dg.SensorResult(run_requests=[request], cursor=cursor.after(decision.position).dumps())
 
 
-def describe(error: Exception) -> str:
-    """Return what a sensor says about a service that fails: our own errors in full, of others the kind only.
+def describe(error: Exception, services: str) -> str:
+    """Return what a sensor says about services that fail: our own errors in full, of others the kind only.
 
     Errors of drivers may hold addresses with passwords.
     """
+    if isinstance(error, HangingError):
+        return f"{error} ({services})"
     own = type(error).__module__.startswith("clinical_orchestration.")
-    return str(error).splitlines()[0][:300] if own and str(error) else f"a service failed with {type(error).__name__}"
+    if own and str(error):
+        return str(error).splitlines()[0][:300]
+    return f"{services} failed with {type(error).__name__}"
 
 
 def run_config(ask: Ask) -> dict[str, Any]:

@@ -56,7 +56,9 @@ def clinical_data_sensor(
             threshold=variables.data_quality_threshold,
         )
 
-    return ask_for_run(context, _PIPELINE.name, decide, patience=_clinical_data_patience)
+    return ask_for_run(
+        context, _PIPELINE.name, decide, patience=_clinical_data_patience, services="the lakehouse in S3, or Kafka"
+    )
 
 
 @dg.sensor(
@@ -79,12 +81,14 @@ def landing_files_sensor(context: dg.SensorEvaluationContext, objects: dg.Resour
         except Exception as error:
             if not files:
                 raise
-            context.log.warning(f"the bucket cannot be listed, only folders were looked at: {describe(error)}")
+            context.log.warning(f"the bucket cannot be listed, only folders were looked at: {describe(error, 'S3')}")
             # files of the bucket are neither there nor gone
             remote, prefixes = [], {}
         return decisions.landing_files([*files, *remote], {**prefixes, **sources}, cursor.position, cursor.memory)
 
-    return ask_for_run(context, _PIPELINE.name, decide, patience=_landing_patience)
+    return ask_for_run(
+        context, _PIPELINE.name, decide, patience=_landing_patience, services="S3, or the landing folders"
+    )
 
 
 @dg.sensor(
@@ -108,7 +112,9 @@ def feature_store_sensor(
             list(observe.feature_store_states(tables, online, known, now)), cursor.position, now
         )
 
-    return ask_for_run(context, _PIPELINE.name, decide, patience=_feature_store_patience)
+    return ask_for_run(
+        context, _PIPELINE.name, decide, patience=_feature_store_patience, services="the lakehouse in S3, or Redis"
+    )
 
 
 def model_performance_sensor(job: "dg.UnresolvedAssetJobDefinition") -> dg.SensorDefinition:
@@ -132,7 +138,7 @@ def model_performance_sensor(job: "dg.UnresolvedAssetJobDefinition") -> dg.Senso
                 pause=timedelta(hours=Variables().retraining_pause_hours),
             )
 
-        return ask_for_run(context, job.name, decide, patience=_performance_patience)
+        return ask_for_run(context, job.name, decide, patience=_performance_patience, services="the lakehouse in S3")
 
     return sensor
 
@@ -155,7 +161,7 @@ def kafka_consumer_lag_sensor(
     try:
         partitions = _lag_patience(lambda: observe.topic_lags(tables, kafka, variables.topics()))
     except Exception as error:
-        return dg.SkipReason(f"the lag is not known: {describe(error)}")
+        return dg.SkipReason(f"the lag is not known: {describe(error, 'Kafka, or the lakehouse in S3')}")
     if partitions is None:
         return dg.SkipReason("no Kafka broker is installed here")
     by_topic = groupby(sorted(partitions.items()), key=lambda item: item[0].rpartition("/")[0])
