@@ -27,6 +27,7 @@ from clinical_orchestration.page.health import (
     instance_heartbeats,
     postgres_heartbeats,
 )
+from clinical_orchestration.page.models import ModelView, RetrainingView, read_models, read_retraining
 from clinical_orchestration.page.pipelines import PipelinesView, read_pipelines
 from clinical_orchestration.page.settings import PageSettings
 from clinical_orchestration.page.stack_state import Service, read_stack_state
@@ -40,6 +41,7 @@ LEVELS = (
     "infrastructure", "data ingestion", "data processing", "feature engineering", "ML pipeline", "orchestration",
 )  # fmt: skip
 PIPELINES_LIMIT_SECONDS = 4.0
+MODELS_LIMIT_SECONDS = 4.0
 ALERTS_LIMIT_SECONDS = 2.5
 
 _FOLDER = Path(__file__).parent
@@ -132,6 +134,29 @@ def create_app(settings: PageSettings | None = None, ui: DagsterUi | None = None
     bounded_pipelines = Bounded(pipelines, PIPELINES_LIMIT_SECONDS, fresh_seconds=1.0)
     bounded_alerts = Bounded(lambda: read_alerts(url), ALERTS_LIMIT_SECONDS, fresh_seconds=1.0)
 
+    bounded_models = Bounded(lambda: read_models(settings.mlflow_url), MODELS_LIMIT_SECONDS, fresh_seconds=2.0)
+
+    def retraining() -> dict[str, RetrainingView]:
+        return {} if dagster_ui.instance is None else read_retraining(dagster_ui.instance)
+
+    bounded_retraining = Bounded(retraining, PIPELINES_LIMIT_SECONDS, fresh_seconds=2.0)
+
+    async def models_now() -> tuple[ModelView, ...] | None:
+        """Return the models, or None where MLflow cannot be asked: that is not the same as none."""
+        try:
+            return await bounded_models()
+        except Exception as error:
+            _logger.warning("the models cannot be read: %s", type(error).__name__)
+            return None
+
+    async def retraining_now() -> dict[str, RetrainingView]:
+        """Return the newest retraining decisions; none where they cannot be read, which the pipelines' note says."""
+        try:
+            return await bounded_retraining()
+        except Exception as error:
+            _logger.warning("the retraining decisions cannot be read: %s", type(error).__name__)
+            return {}
+
     async def alerts_now() -> AlertsView | None:
         """Return the alerts, or None where they cannot be read: that is not the same as none."""
         try:
@@ -167,8 +192,10 @@ def create_app(settings: PageSettings | None = None, ui: DagsterUi | None = None
 
     @app.get("/", response_class=HTMLResponse)
     async def index(request: Request) -> HTMLResponse:
-        """Show pipelines, alerts, health and services."""
-        health_now, alerts = await asyncio.gather(monitor.check(), alerts_now())
+        """Show pipelines, alerts, models, health and services."""
+        health_now, alerts, models, decisions = await asyncio.gather(
+            monitor.check(), alerts_now(), models_now(), retraining_now()
+        )
         view: PipelinesView | None = None
         note = "The Dagster workspace is not open yet; this needs the database."
         try:
@@ -190,6 +217,8 @@ def create_app(settings: PageSettings | None = None, ui: DagsterUi | None = None
             "pipelines_note": note,
             "alerts": alerts,
             "link": browser_link,
+            "models": models,
+            "retraining": decisions,
             "health": health_now.as_airflow(),
             "levels": levels,
             "stale": bool(state and state.stale),

@@ -58,6 +58,7 @@ REPLACED_TAG = "replaced_version"  # the champion before, to go back to
 ROLLED_BACK_AT_TAG = "rolled_back_at"
 ROLLBACK_REASON_TAG = "rollback_reason"
 REASONS_TAG = "decision_reasons"
+DECIDED_AT_TAG = "decided_at"
 TRAINING_ROWS_TAG = "training_rows"
 
 TRUSTED_TYPES = (
@@ -567,7 +568,11 @@ class ModelRegistry:
                 client,
                 model_name,
                 version,
-                {DECISION_TAG: decision.outcome, REASONS_TAG: "; ".join(decision.reasons)[:_TAG_LENGTH]},
+                {
+                    DECISION_TAG: decision.outcome,
+                    REASONS_TAG: "; ".join(decision.reasons),
+                    DECIDED_AT_TAG: datetime.now(UTC).isoformat(timespec="seconds"),
+                },
             )
 
         self._call(f"decision on {model_name} version {version}", ask)
