@@ -361,8 +361,22 @@ class ClinicalData(_TablesClient):
         """
         import polars as pl
 
-        _, rows = self._stored_cohort(name)
+        _, rows = self.stored_cohort(name)
         return rows.filter(pl.col("member")) if members_only else rows
+
+    def stored_cohort(self, name: str) -> tuple[CohortReport, pl.DataFrame]:
+        """Return the newest build of a cohort: its report, and one row a screened patient.
+
+        Raises:
+            ClientError: it was never built, or its last build was interrupted.
+        """
+        from clinical_orchestration.stores.cohorts import CohortIncompleteError, CohortNotFoundError, read_cohort
+
+        with _friendly("the cohort cannot be read"):
+            try:
+                return read_cohort(self.tables, name, self.trial)
+            except (CohortNotFoundError, CohortIncompleteError) as error:
+                raise ClientError(str(error)) from None
 
     def attrition(self, name: str) -> pl.DataFrame:
         """Return the flow of a stored cohort, one row a step: entered, removed, removed_unknown, remaining.
@@ -374,17 +388,8 @@ class ClinicalData(_TablesClient):
 
         import polars as pl
 
-        report, _ = self._stored_cohort(name)
+        report, _ = self.stored_cohort(name)
         return pl.DataFrame([asdict(step) for step in report.attrition])
-
-    def _stored_cohort(self, name: str) -> tuple[CohortReport, pl.DataFrame]:
-        from clinical_orchestration.stores.cohorts import CohortIncompleteError, CohortNotFoundError, read_cohort
-
-        with _friendly("the cohort cannot be read"):
-            try:
-                return read_cohort(self.tables, name, self.trial)
-            except (CohortNotFoundError, CohortIncompleteError) as error:
-                raise ClientError(str(error)) from None
 
     def _records(
         self,

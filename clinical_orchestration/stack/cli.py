@@ -49,6 +49,11 @@ examples:
   ./pipeline-manager.sh -l kafka --follow          the log of one service, as it grows
   eval "$(./pipeline-manager.sh --env)"            point every client of this shell to the stack
 
+subcommands, each with --help: cohort, kafka, features, spark, data, models
+  clinical cohort build cdisc-pilot-eligibility    patients by inclusion and exclusion criteria
+  clinical kafka lag                               how far each consumer group is behind
+  clinical features compare                        online against offline features
+
 Note: -h is the health check; help is --help.
 Each port has a setting, CLINICAL_PORT_<NAME>; all state is in CLINICAL_HOME (default: .clinical in the checkout).
 """
@@ -788,19 +793,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         # some starters (cron wrappers, su) leave it ignored, and no child could then be ended politely
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    from clinical_orchestration.cli import clinical
+
+    subcommand = clinical.is_command(given)
     as_json = "--json" in (given[: given.index("--test")] if "--test" in given else given)
+    if subcommand:
+        as_json = clinical.wants_json(given)
     display = Display(quiet=as_json)
     commands: Commands | None = None
+    answer: dict[str, Any] = {}
     problem: UserError | None = None
     status = 0
     try:
-        options = parse(given)
-        from clinical_orchestration.stack import client
-        from clinical_orchestration.stack.settings import StackSettings
+        if subcommand:
+            answer, status = clinical.run(given, display)
+        else:
+            options = parse(given)
+            from clinical_orchestration.stack import client
+            from clinical_orchestration.stack.settings import StackSettings
 
-        _find_room_for_jars()
-        commands = Commands(options, display, client, StackSettings.load)
-        status = commands.execute()
+            _find_room_for_jars()
+            commands = Commands(options, display, client, StackSettings.load)
+            status = commands.execute()
     except UserError as error:
         problem, status = error, error.status
     except StackError as error:
@@ -816,7 +830,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cure = "this is a defect of the platform; CLINICAL_DEBUG=1 before the command shows where"
         problem, status = UserError("unexpected error", f"{type(error).__name__}: {error}", cure), 1
     if as_json:
-        result: dict[str, Any] = {"ok": status == 0, **(commands.result if commands else {})}
+        result: dict[str, Any] = {"ok": status == 0, **(commands.result if commands else answer)}
         if problem:
             result["error"] = problem.as_dict()
         sys.stdout.write(json.dumps(result, default=str, indent=1) + "\n")

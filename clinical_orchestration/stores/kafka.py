@@ -441,8 +441,11 @@ class ConfluentTopicAdmin:
         Raises:
             KafkaUnavailableError: no broker answers.
         """
+        self.partitions()  # without a broker the list of groups is empty instead of an error
         future = self._client.list_consumer_groups(request_timeout=self._timeout)
         answer = self._result(future, "the consumer groups")
+        if answer.errors:
+            raise RuntimeError(f"the consumer groups: {answer.errors[0]}")
         return {item.group_id: item.state.name.lower() for item in answer.valid}
 
     def lag(self, group: str, topics: Iterable[str]) -> dict[tuple[str, int], int]:

@@ -14,7 +14,13 @@ from clinical_orchestration.ingestion.kafka_tools import (
     validate_file,
     validate_messages,
 )
-from clinical_orchestration.stores.kafka import Record, open_producer, topic_admin
+from clinical_orchestration.stores.kafka import (
+    ConfluentTopicAdmin,
+    KafkaUnavailableError,
+    Record,
+    open_producer,
+    topic_admin,
+)
 from clinical_orchestration_tests.factories import NOW, vitals_message
 from clinical_orchestration_tests.ingestion.fake_kafka import FakeKafka
 
@@ -77,6 +83,11 @@ def test_files_hold_lines_or_one_array(tmp_path: Path) -> None:
 )
 def test_names_tell_their_domain(name: str, domain: str) -> None:
     assert domain_of(name) == domain
+
+
+def test_groups_of_a_broker_that_is_away_are_an_error_and_not_none() -> None:
+    with pytest.raises(KafkaUnavailableError, match=r"127\.0\.0\.1:9"):
+        consumer_lag(ConfluentTopicAdmin("127.0.0.1:9", timeout=1.0))
 
 
 @pytest.mark.integration
