@@ -32,7 +32,9 @@ class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     trial: str | None = Field(default=None, description="Trial profile; empty: the deployment's default trial.")
     source: str | None = Field(
-        default=None, description="Folder of SDTM files (.xpt, .csv, .parquet); empty: as the profile says."
+        default=None,
+        description="Folder of SDTM files (.xpt, .csv, .parquet), or an s3:// prefix that holds some; empty: as the "
+        "profile says.",
     )
     conf: dict[str, Any] = Field(
         default_factory=dict,
@@ -58,12 +60,28 @@ class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             raise dg.Failure(str(error), allow_retries=False) from error
 
     def source_folder(self) -> Path | None:
-        """Return the folder of the trial's files, or None for the profile's own source."""
+        """Return the folder of the trial's files, or None for the profile's own source.
+
+        Objects below an ``s3://`` prefix are copied into the deployment's own folder first.
+
+        Raises:
+            dagster.Failure: there is no such folder, or no object below the prefix; a retry would not help.
+        """
         from pathlib import Path
 
         text = self.source or self.conf.get("source")
         if not text:
             return None
+        if str(text).startswith("s3://"):
+            from clinical_orchestration.stores.objects import ObjectNotFoundError, ObjectStore, download
+
+            bucket, _, prefix = str(text).removeprefix("s3://").partition("/")
+            try:
+                return download(
+                    ObjectStore.from_settings(bucket=bucket), prefix, ClientSettings().home / "data" / "landing"
+                )
+            except ObjectNotFoundError as error:
+                raise dg.Failure(f"{error}; give --source a prefix that holds files", allow_retries=False) from error
         folder = Path(text).expanduser()
         if not folder.is_dir():
             raise dg.Failure(f"the source folder {folder} does not exist; give --source a folder", allow_retries=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
@@ -123,3 +126,38 @@ class ObjectStore:
         """See :class:`Objects`."""
         for found in self._client.list_objects(self.bucket, prefix=prefix, recursive=True):
             yield StoredObject(found.object_name, found.size or 0, found.last_modified)
+
+
+def download(objects: Objects, prefix: str, root: Path) -> Path:
+    """Copy the objects directly below `prefix` into a folder below `root`, and return that folder.
+
+    A file that is there with the object's size and time is kept; files whose object is gone are removed.
+
+    Raises:
+        ObjectNotFoundError: there is no object below the prefix.
+    """
+    prefix = prefix.rstrip("/") + "/"
+    address = objects.uri(prefix)
+    found = {}
+    for stored in objects.list(prefix):
+        name = stored.key.removeprefix(prefix)
+        if name and "/" not in name and not name.startswith("."):
+            found[name] = stored
+    if not found:
+        raise ObjectNotFoundError(f"there is no object below {address}")
+    folder = root / hashlib.sha256(address.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.name not in found:
+            path.unlink()
+    for name, stored in found.items():
+        path = folder / name
+        modified = stored.modified.timestamp() if stored.modified else None
+        if path.is_file() and path.stat().st_size == stored.size and path.stat().st_mtime == modified:
+            continue
+        partial = folder / f".{name}.partial"
+        partial.write_bytes(objects.get(stored.key))
+        if modified is not None:
+            os.utime(partial, (modified, modified))
+        partial.replace(path)  # a run that is killed leaves no half file under the name
+    return folder
