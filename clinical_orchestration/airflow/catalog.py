@@ -60,8 +60,14 @@ class Dag:
     sensor_names: tuple[str, ...] = ()
     location: str = ""
     repository: str = "__repository__"
-    fileloc: str = ""
+    files: tuple[str, ...] = ()
+    """Files that the code of its assets is in."""
     max_active_runs: int = 16
+
+    @property
+    def fileloc(self) -> str:
+        """The first of its files."""
+        return self.files[0] if self.files else ""
 
     @cached_property
     def by_step(self) -> dict[str, Task]:
@@ -132,7 +138,6 @@ def dags_of(snapshot: RepositorySnap, jobs: Mapping[str, JobSnap], location: str
         snapshot: its schedules, sensors and assets.
         jobs: its jobs by name.
         location: name of its code location.
-        fileloc: where its code is.
     """
     contract = {pipeline.name: pipeline for pipeline in PIPELINES}
     schedules = {schedule.job_name: schedule for schedule in snapshot.schedules}
@@ -167,7 +172,7 @@ def dags_of(snapshot: RepositorySnap, jobs: Mapping[str, JobSnap], location: str
                 sensor_names=tuple(sorted(sensors.get(name, ()))),
                 location=location,
                 repository=snapshot.name,
-                fileloc=fileloc,
+                files=_files(node for nodes in steps.values() for node in nodes),
             )
         )
     return sorted(dags, key=lambda dag: dag.dag_id)
@@ -181,6 +186,18 @@ def _previous(cron: str, timezone: str, moment: datetime, inclusive: bool = Fals
         if found < moment or (inclusive and found == moment):
             return found
     raise ValueError(f"the cron expression {cron!r} has no tick before {moment.isoformat()}")
+
+
+def _files(nodes: Iterable[Any]) -> tuple[str, ...]:
+    """Return the files that the assets' code references name."""
+    found: dict[str, None] = {}
+    for node in nodes:
+        references = (node.metadata or {}).get("dagster/code_references")
+        for one in getattr(references, "code_references", ()):
+            path = getattr(one, "file_path", None)
+            if path:
+                found[str(path)] = None
+    return tuple(found)
 
 
 def _steps(job: JobSnap) -> list[str]:

@@ -112,6 +112,13 @@ class Control:
             raise UnknownError(f"DAGRun with DAG ID: '{dag_id}' and DagRun ID: '{run_id}' not found")
         return found
 
+    def reload(self, location: str) -> None:
+        """Load a code location again."""
+        context = self._context()
+        if context is None:
+            raise RefusedError("The Dagster workspace is not open yet; this needs the database")
+        context.reload_code_location(location)
+
     # --- switches ---------------------------------------------------------------------------------------------------
 
     def switches(self, dags: Iterable[Dag]) -> dict[str, Switch]:
@@ -177,6 +184,7 @@ class Control:
         conf: Mapping[str, Any] | None = None,
         note: str | None = None,
         run_type: str = "manual",
+        user: str | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> DagRun:
         """Start a run of a DAG; of a paused one it waits, queued, until the DAG is unpaused.
@@ -192,6 +200,7 @@ class Control:
         logical = logical_date or now
         start, end = interval or dag.manual_interval(logical)
         name = run_id or run_id_for(run_type, logical)
+        tags = {**(tags or {}), **({"user": user} if user else {})}
         held = self.switches([dag])[dag.dag_id].paused
         values = {
             "dag_id": dag.dag_id, "run_id": name, "dagster_run_id": make_new_run_id(), "logical_date": logical,

@@ -90,6 +90,14 @@ paused_dags = sa.Table(  # DAGs without a schedule, whose switch Dagster does no
     sa.Column("paused_at", _UTC, nullable=False),
 )
 
+dataset_ids = sa.Table(
+    "airflow_datasets",
+    metadata,
+    sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
+    sa.Column("uri", sa.Text, nullable=False, unique=True),
+    sa.Column("created_at", _UTC, nullable=False),
+)
+
 # Dagster's tables, the columns that are read
 runs = sa.table(
     "runs",
@@ -113,6 +121,7 @@ event_logs = sa.table(
     sa.column("dagster_event_type", sa.Text),
     sa.column("timestamp", sa.DateTime),
     sa.column("step_key", sa.Text),
+    sa.column("asset_key", sa.Text),
 )
 
 _LOCK = 0x436C696E6F7263  # advisory lock around the creation of the tables
