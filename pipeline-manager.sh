@@ -51,4 +51,4 @@ if ! "$venv/bin/python" -I -S "$bootstrap" --root "$root" --venv "$venv" --check
 fi
 
 export CLINICAL_CHECKOUT=$root
-exec "$venv/bin/python" -m clinical_orchestration.stack.cli "$@"
+exec "$venv/bin/python" -m clinical_orchestration.cli.main "$@"

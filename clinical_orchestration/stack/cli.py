@@ -87,6 +87,22 @@ class Client(Protocol):
         ...
 
 
+class Subcommands(Protocol):
+    """Command lines that begin with a word instead of a flag."""
+
+    def is_command(self, arguments: Sequence[str]) -> bool:
+        """Return whether a command line is one of these."""
+        ...
+
+    def wants_json(self, arguments: Sequence[str]) -> bool:
+        """Return whether its answer is to be JSON."""
+        ...
+
+    def run(self, arguments: Sequence[str], display: Display) -> tuple[dict[str, Any], int]:
+        """Carry it out; return what JSON shows and the exit status. Raises UserError where it fails."""
+        ...
+
+
 class _Parser(argparse.ArgumentParser):
     """Turns argparse's errors into ours, with a hint at what was probably meant."""
 
@@ -787,26 +803,30 @@ def _find_room_for_jars() -> None:
         os.environ["CLINICAL_JARS"] = str(place / "jars")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; return its exit status."""
+def main(arguments: Sequence[str] | None = None, subcommands: Subcommands | None = None) -> int:
+    """Run one command line; return its exit status.
+
+    Args:
+        arguments: default: those of the process.
+        subcommands: answer the command lines that they claim, before the flags are looked at.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         # some starters (cron wrappers, su) leave it ignored, and no child could then be ended politely
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    from clinical_orchestration.cli import clinical
-
-    subcommand = clinical.is_command(given)
     as_json = "--json" in (given[: given.index("--test")] if "--test" in given else given)
-    if subcommand:
-        as_json = clinical.wants_json(given)
+    if subcommands is not None and not subcommands.is_command(given):
+        subcommands = None
+    if subcommands is not None:
+        as_json = subcommands.wants_json(given)
     display = Display(quiet=as_json)
     commands: Commands | None = None
     answer: dict[str, Any] = {}
     problem: UserError | None = None
     status = 0
     try:
-        if subcommand:
-            answer, status = clinical.run(given, display)
+        if subcommands is not None:
+            answer, status = subcommands.run(given, display)
         else:
             options = parse(given)
             from clinical_orchestration.stack import client

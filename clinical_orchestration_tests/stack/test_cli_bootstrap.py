@@ -95,7 +95,7 @@ def test_a_ready_environment_starts_at_once_from_anywhere(checkout: Path, tmp_pa
         check=True,
     )
     first, second = result.stdout.splitlines()
-    assert first == '-m clinical_orchestration.stack.cli --run a job --conf {"a": 1}'
+    assert first == '-m clinical_orchestration.cli.main --run a job --conf {"a": 1}'
     assert second == f"checkout={checkout} bytecode=unset"
 
 
@@ -103,7 +103,7 @@ def test_another_folder_for_the_environment(checkout: Path, tmp_path: Path) -> N
     _pretend_ready(checkout, tmp_path / "elsewhere")
     result = _run(checkout, "--help", CLINICAL_VENV=str(tmp_path / "elsewhere"))
     assert result.returncode == 0
-    assert "stack.cli --help" in result.stdout
+    assert "cli.main --help" in result.stdout
 
 
 @pytest.mark.parametrize("change", ["uv.lock", "pyproject.toml", "moved", "interrupted"])
