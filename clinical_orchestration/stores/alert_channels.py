@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from clinical_orchestration.alerts import templates
 from clinical_orchestration.alerts.redact import short_error
 from clinical_orchestration.alerts.templates import Message
+from clinical_orchestration.platform.connection import Connection
 
 TIMEOUT_SECONDS = 5.0
 _LONGEST_WAIT_SECONDS = 3.0  # a step that alerts waits this long for a busy channel; beyond it the message waits alone
@@ -203,6 +204,38 @@ def parse_smtp_url(url: str) -> SmtpSettings:
         tls=parts.scheme == "smtps",
         sender=sender,
     )
+
+
+def smtp_of_connection(connection: Connection) -> SmtpSettings:
+    """Read an Airflow connection of type ``smtp``: host, port, login, password and extra as its SMTP provider has them.
+
+    ``disable_ssl`` (default: true unless the port is 465 or none), ``disable_tls`` (default: false) and ``from_email``.
+
+    Raises:
+        ValueError: it has no host.
+    """
+    if not connection.host:
+        raise ValueError(f"the connection {connection.conn_id} has no host")
+    extra = connection.extra_dejson
+    plain = _flag(extra.get("disable_ssl"), connection.port not in (None, 465))
+    starttls = plain and not _flag(extra.get("disable_tls"), False)
+    user = connection.login or None
+    sender = str(extra.get("from_email") or "") or (
+        user if user and "@" in user else f"clinical-orchestration@{connection.host}"
+    )
+    return SmtpSettings(
+        host=connection.host,
+        port=connection.port or (465 if not plain else 587 if starttls else 25),
+        user=user,
+        password=connection.password,
+        starttls=starttls,
+        tls=not plain,
+        sender=sender,
+    )
+
+
+def _flag(value: object, default: bool) -> bool:
+    return default if value is None else str(value).lower() in ("true", "1", "yes")
 
 
 def parse_recipients(text: str) -> tuple[str, ...]:

@@ -25,14 +25,18 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from clinical_orchestration.alerts.model import Alert, Severity
 from clinical_orchestration.alerts.policy import Kind, OpenAlert, Rules, Waiting, plan, raised, still_open
 from clinical_orchestration.alerts.templates import Message, subject
-from clinical_orchestration.settings import ClientSettings, Variables
+from clinical_orchestration.platform.connection import ConnectionFormatError
+from clinical_orchestration.platform.crypto import SecretKeyError
+from clinical_orchestration.settings import ClientSettings, Variables, connection
 from clinical_orchestration.stores.alert_channels import (
     Channel,
     ChannelError,
     EmailChannel,
     SlackChannel,
+    SmtpSettings,
     parse_recipients,
     parse_smtp_url,
+    smtp_of_connection,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +46,7 @@ CLAIM_LASTS = timedelta(minutes=2)
 KEPT_FOR = timedelta(days=90)
 MAX_ATTEMPTS = 10
 LONGEST_PAUSE = timedelta(hours=1)
-LOG = "log"
+SMTP_CONNECTION = "smtp_default"
 
 _logger = logging.getLogger("clinical_orchestration.alerts")
 _LEVELS = {
@@ -403,7 +407,7 @@ class PostgresAlertStore:
         import psycopg2
 
         milliseconds = int(self._timeout * 1000)
-        connection = psycopg2.connect(
+        database = psycopg2.connect(
             self._url,
             connect_timeout=max(2, int(self._timeout)),
             application_name="clinical-alerts",
@@ -411,14 +415,14 @@ class PostgresAlertStore:
         )
         try:
             if prepare and self._url not in _prepared:
-                with connection, connection.cursor() as cursor:
+                with database, database.cursor() as cursor:
                     cursor.execute("SELECT pg_advisory_xact_lock(%s)", [_TABLE_LOCK])
                     cursor.execute(_SCHEMA)
                 _prepared.add(self._url)
-            with connection, connection.cursor() as cursor:
+            with database, database.cursor() as cursor:
                 yield cursor
         finally:
-            connection.close()
+            database.close()
 
     def raise_alert(self, alert: Alert, now: datetime, rules: Rules, channels: Sequence[str]) -> Message | None:
         """See :meth:`AlertStore.raise_alert`; concurrent raisers of one key wait for each other's row."""
@@ -750,26 +754,44 @@ class AlertSettings(BaseSettings):
 def build_channels(settings: ClientSettings, variables: Variables) -> list[Channel]:
     """Return the channels that are configured; a wrong setting is logged and leaves its channel out."""
     channels: list[Channel] = []
-    webhook = _text(getattr(variables, "slack_webhook_url", ""))
+    webhook = variables.slack_webhook_url.get_secret_value().strip()
     if webhook:
         if webhook.startswith(("https://", "http://")):
             channels.append(SlackChannel(webhook, settings.airflow_url))
         else:
             _logger.error("the variable slack_webhook_url is no http(s) address; Slack is off")
-    recipients = parse_recipients(_text(getattr(variables, "alert_email_recipients", "")))
-    smtp = AlertSettings().smtp_url.get_secret_value()
-    if recipients and smtp:
+    recipients = parse_recipients(variables.alert_email_recipients)
+    if recipients:
         try:
-            channels.append(EmailChannel(parse_smtp_url(smtp), recipients, settings.airflow_url))
+            smtp = smtp_settings()
         except ValueError as error:
             _logger.error("e-mail is off: %s", error)
-    elif recipients:
-        _logger.warning("the variable alert_email_recipients is set, but CLINICAL_SMTP_URL is not; e-mail is off")
+        else:
+            if smtp is not None:
+                channels.append(EmailChannel(smtp, recipients, settings.airflow_url))
+            else:
+                _logger.warning(
+                    "the variable alert_email_recipients is set, but neither CLINICAL_SMTP_URL nor the connection "
+                    "%s is; e-mail is off",
+                    SMTP_CONNECTION,
+                )
     return channels
 
 
-def _text(value: Any) -> str:
-    return str(value.get_secret_value() if isinstance(value, SecretStr) else value or "").strip()
+def smtp_settings() -> SmtpSettings | None:
+    """Return the mail server of ``CLINICAL_SMTP_URL``, else of the connection ``smtp_default``, else None.
+
+    Raises:
+        ValueError: it is not described as it should be; the message holds no secret.
+    """
+    url = AlertSettings().smtp_url.get_secret_value()
+    if url:
+        return parse_smtp_url(url)
+    try:
+        found = connection(SMTP_CONNECTION)
+    except (ConnectionFormatError, SecretKeyError) as error:
+        raise ValueError(f"the connection {SMTP_CONNECTION} cannot be read: {error}") from error
+    return None if found is None else smtp_of_connection(found)
 
 
 _MEMORY = MemoryAlertStore()

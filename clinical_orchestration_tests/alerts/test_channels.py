@@ -8,9 +8,11 @@ import socket
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from pydantic import SecretStr
 
 from clinical_orchestration.alerts.policy import Kind
 from clinical_orchestration.alerts.templates import Message
+from clinical_orchestration.platform.connection import Connection
 from clinical_orchestration.settings import ClientSettings, Variables
 from clinical_orchestration.stores.alert_channels import (
     ChannelError,
@@ -19,8 +21,9 @@ from clinical_orchestration.stores.alert_channels import (
     SmtpSettings,
     parse_recipients,
     parse_smtp_url,
+    smtp_of_connection,
 )
-from clinical_orchestration.stores.alerts import build_channels
+from clinical_orchestration.stores.alerts import build_channels, smtp_settings
 from clinical_orchestration_tests.alerts.stand_ins import mail_server, slack_server
 from clinical_orchestration_tests.alerts.test_messages import ALERT, NOW, PAGE
 
@@ -158,13 +161,42 @@ def test_channels_come_from_variables_and_environment(
 ) -> None:
     monkeypatch.setenv("CLINICAL_SMTP_URL", "smtp://user:hush-hush@mail.example.org")
     variables = Variables(
-        slack_webhook_url="https://hooks.slack.com/services/x", alert_email_recipients="a@example.org"
+        slack_webhook_url=SecretStr("https://hooks.slack.com/services/x"), alert_email_recipients="a@example.org"
     )
     assert [channel.name for channel in build_channels(ClientSettings(), variables)] == ["slack", "email"]
     monkeypatch.setenv("CLINICAL_SMTP_URL", "ftp://user:hush-hush@mail.example.org")
     assert [channel.name for channel in build_channels(ClientSettings(), variables)] == ["slack"]
     assert "e-mail is off" in caplog.text
     assert "hush-hush" not in caplog.text
+
+
+def test_the_mail_server_may_come_from_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CLINICAL_SMTP_URL", raising=False)
+    monkeypatch.setenv(
+        "AIRFLOW_CONN_SMTP_DEFAULT",
+        '{"conn_type": "smtp", "host": "mail", "port": 587, "login": "a@b.org", "password": "hush-hush"}',
+    )
+    assert smtp_settings() == SmtpSettings("mail", 587, "a@b.org", "hush-hush", starttls=True, sender="a@b.org")
+    channels = build_channels(ClientSettings(), Variables(alert_email_recipients="a@example.org"))
+    assert [channel.name for channel in channels] == ["email"]
+    assert "hush-hush" not in repr(channels)
+
+
+@pytest.mark.parametrize(
+    ("connection", "expected"),
+    [
+        (Connection("c", "smtp", host="m"), (465, True, False)),
+        (Connection("c", "smtp", host="m", port=465), (465, True, False)),
+        (Connection("c", "smtp", host="m", extra='{"disable_ssl": true}'), (587, False, True)),
+        (Connection("c", "smtp", host="m", extra='{"disable_ssl": true, "disable_tls": true}'), (25, False, False)),
+        (Connection("c", "smtp", host="m", port=2525, extra='{"disable_tls": "true"}'), (2525, False, False)),
+    ],
+)
+def test_tls_of_a_connection_as_airflows_provider_has_it(
+    connection: Connection, expected: tuple[int, bool, bool]
+) -> None:
+    settings = smtp_of_connection(connection)
+    assert (settings.port, settings.tls, settings.starttls) == expected
 
 
 def test_a_retry_after_date_is_understood() -> None:
