@@ -13,8 +13,8 @@ import numpy as np
 if TYPE_CHECKING:
     from clinical_orchestration.monitoring.drift import Sample
 
-EVIDENTLY_COLUMNS = 25
-EVIDENTLY_ROWS = 2000
+EVIDENTLY_COLUMNS = 20
+EVIDENTLY_ROWS = 1000
 """Evidently draws every column and row it is given; so many take it a few seconds."""
 
 _CSS = """
@@ -28,7 +28,7 @@ _CLASSES = {"ok": "good", "stable": "good", "none": "good", "degraded": "bad", "
 
 
 def evidently_report(reference: Sample, current: Sample, columns: Sequence[str], *, bound: float, seed: int = 0) -> str:
-    """Return Evidently's data drift report (HTML) of at most 25 columns and 2,000 rows a side.
+    """Return Evidently's data drift report (HTML) of at most 20 columns and 1,000 rows a side.
 
     Args:
         reference: rows the model was trained on.
