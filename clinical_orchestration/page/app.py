@@ -18,6 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from clinical_orchestration.page.airflow_api import API_PREFIX, AirflowApi
 from clinical_orchestration.page.alerts import browser_link, read_alerts
 from clinical_orchestration.page.bounded import Bounded
 from clinical_orchestration.page.dagster_ui import PREFIX, DagsterUi, open_workspace, ping_code_servers
@@ -165,12 +166,19 @@ def create_app(settings: PageSettings | None = None, ui: DagsterUi | None = None
             _logger.warning("the alerts cannot be read: %s", type(error).__name__)
             return None
 
+    # without a login, the API may be asked from this machine only
+    airflow_api = None if settings.allow_remote else AirflowApi(lambda: dagster_ui.context, url)
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         dagster_ui.start()
+        if airflow_api is not None:
+            airflow_api.start()
         try:
             yield
         finally:
+            if airflow_api is not None:
+                airflow_api.close()
             dagster_ui.close()
 
     app = FastAPI(title="Clinical orchestration", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
@@ -243,6 +251,10 @@ def create_app(settings: PageSettings | None = None, ui: DagsterUi | None = None
         """Add the slash."""
         return RedirectResponse(f"{PREFIX}/")
 
+    if airflow_api is not None:
+        # the same answer as at the address that dashboards and load balancers know
+        app.add_api_route(f"{API_PREFIX}/health", health, methods=["GET"])
+        app.mount(API_PREFIX, airflow_api, name="airflow")
     app.mount("/static", StaticFiles(directory=_FOLDER / "static"), name="static")
     app.mount(PREFIX, dagster_ui, name="dagster")
     return app
