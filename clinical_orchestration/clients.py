@@ -42,7 +42,7 @@ from clinical_orchestration.tables import (
     bronze,
     silver,
 )
-from clinical_orchestration.trials import TrialProfile, load_trial
+from clinical_orchestration.trials import TrialProfile, configured_trial
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -817,7 +817,7 @@ class Models(_Client):
 
 def _profile(trial: str) -> TrialProfile:
     try:
-        return load_trial(trial)
+        return configured_trial(trial)
     except ValueError as error:
         raise ClientError(str(error)) from None
 

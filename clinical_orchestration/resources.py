@@ -6,13 +6,14 @@ the run starts. Adapters load their drivers when they are first used.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from pydantic import Field
 
 from clinical_orchestration.settings import ClientSettings, Variables, lake_root
-from clinical_orchestration.trials import TrialProfile, available_trials, load_trial
+from clinical_orchestration.trials import TrialProfile, available_trials, configured_trial
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from clinical_orchestration.stores.serving import ServingClient
     from clinical_orchestration.stores.spark import SparkTables
     from clinical_orchestration.stores.tables import TableStore
+
+
+MAX_RUNTIME_TAG = "dagster/max_runtime"
+"""Tag of a run: seconds after which Dagster's run monitoring ends it."""
 
 
 class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -47,6 +52,14 @@ class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         "whole trial.",
     )
 
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Bound the run's time as the variable ``execution_timeout_hours`` says, unless whoever started it did."""
+        if context.run is None or context.instance is None or MAX_RUNTIME_TAG in context.run.tags:
+            return
+        if context.instance.has_run(context.run.run_id):
+            seconds = round(Variables().execution_timeout_hours * 3600)
+            context.instance.add_run_tags(context.run.run_id, {MAX_RUNTIME_TAG: str(seconds)})
+
     def profile(self) -> TrialProfile:
         """Return the trial's profile.
 
@@ -55,7 +68,7 @@ class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         """
         name = self.trial or self.conf.get("trial") or ClientSettings().trial
         try:
-            return load_trial(name)
+            return configured_trial(name)
         except ValueError as error:
             raise dg.Failure(str(error), allow_retries=False) from error
 
@@ -102,15 +115,39 @@ class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
 def profiles() -> dict[str, TrialProfile]:
     """Return every trial profile by name: records of several trials share the tables."""
-    return {name: load_trial(name) for name in available_trials()}
+    variables = Variables()
+    return {name: configured_trial(name, variables) for name in available_trials()}
 
 
 def _table_store(root: str | None) -> TableStore:
     from clinical_orchestration.stores.tables import DeltaTableStore, storage_options
 
-    settings = ClientSettings()
-    uri = root or lake_root(settings, Variables())
-    return DeltaTableStore(uri, storage_options(settings) if uri.startswith("s3") else None)
+    settings, variables = ClientSettings(), Variables()
+    uri = root or lake_root(settings, variables)
+    if not uri.startswith("s3"):
+        return DeltaTableStore(uri, None)
+    if uri == f"s3://{variables.clinical_data_bucket}":
+        _ensure_bucket(settings, variables.clinical_data_bucket)
+    retries = {
+        "max_retries": str(variables.max_retry_attempts),
+        "backoff_config.init_backoff": "1s",
+        "backoff_config.max_backoff": f"{variables.longest_pause_seconds:.0f}s",
+    }
+    return DeltaTableStore(uri, {**storage_options(settings), **retries})
+
+
+def _ensure_bucket(settings: ClientSettings, bucket: str) -> None:
+    """Make the bucket that somebody named by the variable; the one of the default comes with the deployment."""
+    if bucket == Variables.model_fields["clinical_data_bucket"].default:
+        return
+    from minio.error import MinioException
+    from urllib3.exceptions import HTTPError
+
+    from clinical_orchestration.stores.objects import ObjectStore
+
+    # without the right to look at buckets, or without an answer, the first use of a table says what is wrong
+    with contextlib.suppress(MinioException, HTTPError):
+        ObjectStore.from_settings(settings, bucket=bucket).ensure_bucket()
 
 
 class TablesResource(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -132,7 +169,7 @@ class SparkResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         """Return the tables as Spark sees them."""
         from clinical_orchestration.stores.spark import spark_tables
 
-        return spark_tables(_table_store(self.root))
+        return spark_tables(_table_store(self.root), batch_rows=Variables().data_processing_batch_size)
 
 
 class KafkaResource(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -170,7 +207,13 @@ class OnlineStoreResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         """Return the online store."""
         from clinical_orchestration.stores.online import RedisOnlineStore
 
-        return RedisOnlineStore(ClientSettings().redis_url.get_secret_value(), Variables().feature_store_redis_prefix)
+        variables = Variables()
+        return RedisOnlineStore(
+            ClientSettings().redis_url.get_secret_value(),
+            variables.feature_store_redis_prefix,
+            retries=variables.max_retry_attempts,
+            longest_pause_seconds=variables.longest_pause_seconds,
+        )
 
 
 class RegistryResource(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -180,7 +223,15 @@ class RegistryResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         """Return the model registry."""
         from clinical_orchestration.stores.registry import ModelRegistry
 
-        return ModelRegistry(ClientSettings().mlflow_tracking_uri)
+        settings = ClientSettings()
+        environment = {
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(Variables().max_retry_attempts),
+            "MLFLOW_TRACKING_USERNAME": settings.mlflow_username,
+            "MLFLOW_TRACKING_PASSWORD": settings.mlflow_password.get_secret_value(),
+        }
+        return ModelRegistry(
+            settings.mlflow_tracking_uri, {name: value for name, value in environment.items() if value}
+        )
 
 
 class ObjectsResource(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -202,7 +253,12 @@ class ServingResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         """Return a client of the model server."""
         from clinical_orchestration.stores.serving import ServingClient
 
-        return ServingClient(ClientSettings().serving_url)
+        variables = Variables()
+        return ServingClient(
+            ClientSettings().serving_url,
+            retries=variables.max_retry_attempts,
+            longest_pause_seconds=variables.longest_pause_seconds,
+        )
 
 
 class AlertsResource(dg.ConfigurableResource):  # type: ignore[type-arg]

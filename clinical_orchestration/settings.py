@@ -236,9 +236,11 @@ class Variables(BaseSettings):
     spark_master_url: str = Field(
         "", description="Master that Spark computes on, such as spark://host:7077; empty: the cores of this machine"
     )
-    data_processing_batch_size: int = Field(1000, ge=1, description="Records processed at once")
+    data_processing_batch_size: int = Field(
+        1000, ge=1, description="Records that Spark hands to Python functions at once"
+    )
     feature_engineering_window_days: int = Field(
-        30, ge=1, description="Days of history that a feature backfill covers when no dates are given"
+        30, ge=1, le=3650, description="Days of events that features look back over; 30: as the trial's profile says"
     )
     model_retraining_interval_days: int = Field(7, ge=1, description="Age in days at which a model is trained again")
     data_quality_threshold: float = Field(0.95, ge=0, le=1, description="Lowest quality score of a table that passes")
@@ -248,10 +250,16 @@ class Variables(BaseSettings):
     model_performance_threshold: float = Field(0.85, ge=0, le=1, description="Lowest AUROC that passes monitoring")
     alert_email_recipients: str = Field("", description="Addresses that get alerts, separated by commas; empty: none")
     slack_webhook_url: SecretStr = Field(SecretStr(""), description="Slack webhook that gets alerts; empty: none")
-    max_retry_attempts: int = Field(3, ge=0, le=20, description="How often a client tries a request to a store again")
-    retry_delay_minutes: float = Field(5, gt=0, description="Minutes after which a client gives up trying again")
+    max_retry_attempts: int = Field(
+        3, ge=0, le=20, description="How often a run tries a failed request to a store again"
+    )
+    retry_delay_minutes: float = Field(
+        5, gt=0, description="Longest pause between two of these tries; the first is 1 s, each next twice as long"
+    )
     execution_timeout_hours: float = Field(2, gt=0, description="Hours after which a run is ended")
-    clinical_data_schema_version: str = Field("1.2", description="Version of the message contract that is written")
+    clinical_data_schema_version: str = Field(
+        "1.2", description="Version of the message contract that messages should have"
+    )
     feature_count_threshold: int = Field(137, ge=0, description="Fewest features that a trial should have")
     hpo_trials: int = Field(
         0, ge=0, le=500, description="Trials of the search for hyper-parameters, a member; 0: none at retraining"
@@ -320,6 +328,11 @@ class Variables(BaseSettings):
         except ValidationError as error:
             return "; ".join(str(one["msg"]) for one in error.errors(include_input=False, include_url=False))
         return None
+
+    @property
+    def longest_pause_seconds(self) -> float:
+        """Longest pause between two tries of a request, in seconds."""
+        return self.retry_delay_minutes * 60
 
     def registered_model(self, name: str) -> str:
         """Return the registered model of a trial: `name` of its profile, begun as the variable ``model_name`` says."""

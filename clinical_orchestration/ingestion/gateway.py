@@ -458,10 +458,10 @@ def build() -> FastAPI:
     from clinical_orchestration.trials import available_trials, load_trial
 
     settings = ClientSettings()
-    servers = settings.kafka_bootstrap_servers
+    servers, options = settings.kafka_bootstrap_servers, settings.kafka_options
     return create_app(
-        producer=lambda: kafka.ConfluentProducer(servers, delivery_timeout=10.0),
-        admin=lambda: kafka.ConfluentTopicAdmin(servers, timeout=2.0),
+        producer=lambda: kafka.ConfluentProducer(servers, delivery_timeout=10.0, options=options),
+        admin=lambda: kafka.ConfluentTopicAdmin(servers, timeout=2.0, options=options),
         topics=Variables().topics(),
         trials={*available_trials(), load_trial(settings.trial).name},
         kafka_enabled=settings.kafka_enabled,

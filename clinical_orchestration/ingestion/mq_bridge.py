@@ -484,7 +484,7 @@ def build(settings: MqSettings | None = None) -> Bridge:
     return Bridge(
         RestMessageQueue(settings),
         settings,
-        transactions=kafka.ConfluentTransactions(servers, transactional_id(settings)),
+        transactions=kafka.ConfluentTransactions(servers, transactional_id(settings), options=client.kafka_options),
         reader=lambda: kafka.topic_reader(client),
         topics=kafka.topic_admin(client),
         topic=Variables().kafka_lab_results_topic,

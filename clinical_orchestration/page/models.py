@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from clinical_orchestration.trials import available_trials, load_trial
+from clinical_orchestration.trials import available_trials, configured_trial
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
@@ -89,7 +89,7 @@ def read_models(mlflow_url: str) -> tuple[ModelView, ...]:
     found = []
     with httpx.Client(base_url=mlflow_url.rstrip("/"), timeout=ASK_SECONDS) as client:
         for name in available_trials():
-            profile = load_trial(name)
+            profile = configured_trial(name)
             model = _get(client, "registered-models/get", {"name": profile.model_name})
             versions: list[Mapping[str, Any]] = []
             if model is not None:

@@ -38,7 +38,7 @@ def build() -> FastAPI:
     from clinical_orchestration.serving.app import create_app
     from clinical_orchestration.serving.ports import ChampionSource, FeatureReader, PredictionSink
     from clinical_orchestration.settings import ClientSettings, Variables
-    from clinical_orchestration.trials import available_trials, load_trial
+    from clinical_orchestration.trials import available_trials, configured_trial
 
     settings, variables = ClientSettings(), Variables()
 
@@ -60,8 +60,8 @@ def build() -> FastAPI:
 
         return PredictionTable(DeltaTableStore.from_settings(settings))
 
-    default = load_trial(settings.trial)
-    profiles = {name: load_trial(name) for name in available_trials()}
+    default = configured_trial(settings.trial, variables)
+    profiles = {name: configured_trial(name, variables) for name in available_trials()}
     profiles[default.name] = default  # it may be a file of its own
     return create_app(
         champions=champions,

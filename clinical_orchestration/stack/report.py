@@ -135,11 +135,11 @@ def read_tables() -> list[TableRows]:
 
 def read_models(mlflow_url: str, client: httpx.Client) -> list[Model]:
     """Read the champion of every trial profile's model from MLflow's REST API."""
-    from clinical_orchestration.trials import available_trials, load_trial
+    from clinical_orchestration.trials import available_trials, configured_trial
 
     found = []
     base = f"{mlflow_url.rstrip('/')}/api/2.0/mlflow"
-    for name in sorted({load_trial(trial).model_name for trial in available_trials()}):
+    for name in sorted({configured_trial(trial).model_name for trial in available_trials()}):
         answer = client.get(f"{base}/registered-models/alias", params={"name": name, "alias": CHAMPION})
         if answer.status_code in (400, 404):  # no such model, or no champion yet
             continue

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from urllib.parse import quote, urlsplit
 
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from clinical_orchestration.settings import ConnectionSource
 
 if TYPE_CHECKING:
     import httpx
@@ -142,6 +144,23 @@ class MqSettings(BaseSettings):
     timeout_seconds: float = Field(10.0, gt=0, description="Of one request.")
     progress_topic: str = Field("mq-bridge-progress", description="Compacted Kafka topic of moved message ids.")
     remember_seconds: float = Field(3600.0, ge=0, description="How long the id of a removed message is remembered.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put the connection ``lab_processor`` behind the environment, or before it where it is asked for."""
+        return (
+            init_settings,
+            ConnectionSource(settings_cls, first=True),
+            env_settings,
+            ConnectionSource(settings_cls, first=False),
+        )
 
     @field_validator("url")
     @classmethod

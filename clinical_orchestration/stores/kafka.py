@@ -897,17 +897,20 @@ def _silent_logger() -> Any:
 
 def topic_reader(settings: ClientSettings | None = None) -> ConfluentTopicReader:
     """Return a reader for the broker that the environment names."""
-    return ConfluentTopicReader(_servers_of(settings))
+    settings = settings or _settings()
+    return ConfluentTopicReader(settings.kafka_bootstrap_servers, options=settings.kafka_options)
 
 
 def topic_admin(settings: ClientSettings | None = None, *, timeout: float = 10.0) -> ConfluentTopicAdmin:
     """Return an admin client for the broker that the environment names."""
-    return ConfluentTopicAdmin(_servers_of(settings), timeout=timeout)
+    settings = settings or _settings()
+    return ConfluentTopicAdmin(settings.kafka_bootstrap_servers, timeout=timeout, options=settings.kafka_options)
 
 
 def producer(settings: ClientSettings | None = None) -> ConfluentProducer:
     """Return a producer for the broker that the environment names."""
-    return ConfluentProducer(_servers_of(settings))
+    settings = settings or _settings()
+    return ConfluentProducer(settings.kafka_bootstrap_servers, options=settings.kafka_options)
 
 
 @contextlib.contextmanager
@@ -920,7 +923,7 @@ def open_producer(settings: ClientSettings | None = None) -> Iterator[ConfluentP
         client.close()
 
 
-def _servers_of(settings: ClientSettings | None) -> str:
+def _settings() -> ClientSettings:
     from clinical_orchestration.settings import ClientSettings as Settings
 
-    return (settings or Settings()).kafka_bootstrap_servers
+    return Settings()

@@ -209,12 +209,24 @@ class RedisOnlineStore:
         redis_url: such as ``redis://127.0.0.1:6379/0``.
         prefix: text before the patient's id in each key (variable ``feature_store_redis_prefix``).
         timeout_seconds: longest wait for the connection and for an answer.
+        retries: how often a command is tried again that the connection failed.
+        longest_pause_seconds: between two tries; the first is one second, each next twice as long.
     """
 
-    def __init__(self, redis_url: str, prefix: str = DEFAULT_PREFIX, *, timeout_seconds: float = 5.0) -> None:
+    def __init__(
+        self,
+        redis_url: str,
+        prefix: str = DEFAULT_PREFIX,
+        *,
+        timeout_seconds: float = 5.0,
+        retries: int = 3,
+        longest_pause_seconds: float = 10.0,
+    ) -> None:
         self._url = redis_url
         self._prefix = prefix
         self._timeout = timeout_seconds
+        self._retries = retries
+        self._longest_pause = longest_pause_seconds
         self._opened: redis.Redis | None = None
         self._lock = threading.Lock()
 
@@ -224,6 +236,8 @@ class RedisOnlineStore:
 
     def _client(self) -> redis.Redis:
         import redis
+        from redis.backoff import ExponentialBackoff
+        from redis.retry import Retry
 
         with self._lock:
             if self._opened is None:
@@ -233,6 +247,7 @@ class RedisOnlineStore:
                     socket_timeout=self._timeout,
                     socket_connect_timeout=self._timeout,
                     health_check_interval=30,
+                    retry=Retry(ExponentialBackoff(cap=self._longest_pause, base=1.0), self._retries),
                 )
             return self._opened
 

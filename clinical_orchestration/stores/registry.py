@@ -237,10 +237,12 @@ class ModelRegistry:
 
     Args:
         tracking_uri: Address of the server, such as ``http://127.0.0.1:5000``.
+        environment: Further variables that the MLflow library reads; what the process has already stays.
     """
 
-    def __init__(self, tracking_uri: str) -> None:
+    def __init__(self, tracking_uri: str, environment: Mapping[str, str] | None = None) -> None:
         self.tracking_uri = tracking_uri
+        self._environment = {**_MLFLOW_DEFAULTS, **(environment or {})}
         self._mlflow_client: Any = None
         self._answered = -_PING_EVERY_SECONDS
 
@@ -807,7 +809,7 @@ class ModelRegistry:
 
     def _client(self) -> Any:
         if self._mlflow_client is None:
-            for name, value in _MLFLOW_DEFAULTS.items():
+            for name, value in self._environment.items():
                 os.environ.setdefault(name, value)
             from mlflow import MlflowClient
 

@@ -20,11 +20,17 @@ class ServingClient:
     Args:
         url: Base URL, such as ``http://127.0.0.1:8000``.
         timeout_seconds: Of one request.
+        retries: How often a request is sent again that did not get through.
+        longest_pause_seconds: Between two tries; the first is one second, each next twice as long.
     """
 
-    def __init__(self, url: str, *, timeout_seconds: float = 10.0) -> None:
+    def __init__(
+        self, url: str, *, timeout_seconds: float = 10.0, retries: int = 0, longest_pause_seconds: float = 10.0
+    ) -> None:
         self.url = url.rstrip("/")
         self._timeout = timeout_seconds
+        self._retries = retries
+        self._longest_pause = longest_pause_seconds
 
     def health(self) -> dict[str, Any]:
         """Return the server's own report.
@@ -80,9 +86,17 @@ class ServingClient:
         except ValueError as error:
             raise ServingUnavailableError(f"/metrics of {self.url} cannot be read: {error}") from None
 
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
+        for tried in range(self._retries):
+            try:
+                return httpx.request(method, self.url + path, json=body, timeout=self._timeout)
+            except httpx.ConnectError:  # nobody has seen the request: sending it again does nothing twice
+                time.sleep(min(2.0**tried, self._longest_pause))
+        return httpx.request(method, self.url + path, json=body, timeout=self._timeout)
+
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
-            answer = httpx.request(method, self.url + path, json=body, timeout=self._timeout)
+            answer = self._send(method, path, body)
             content = answer.json()
         except (httpx.HTTPError, ValueError) as error:
             raise ServingUnavailableError(

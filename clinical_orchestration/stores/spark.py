@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import DataFrame, SparkSession
 
+BATCH_ROWS = "spark.sql.execution.arrow.maxRecordsPerBatch"
+
 _CONFIGURATION = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.adaptive.enabled": "true",
     # adaptive execution only ever merges shuffle partitions: this is the ceiling; clusters raise it on the server
     "spark.sql.adaptive.coalescePartitions.parallelismFirst": "false",
-    "spark.sql.execution.arrow.maxRecordsPerBatch": "10000",
+    BATCH_ROWS: "10000",
 }
 
 ARROW_ROWS = 100_000
@@ -41,8 +44,9 @@ class SparkUnavailableError(ConnectionError):
 class SparkSessions:
     """The one Spark session of a process: created at first use, created anew when its server was restarted."""
 
-    def __init__(self, settings: ClientSettings | None = None) -> None:
+    def __init__(self, settings: ClientSettings | None = None, configuration: Mapping[str, str] | None = None) -> None:
         self._settings = settings
+        self._configuration = dict(configuration or {})
         self._session: SparkSession | None = None
         self._lock = threading.Lock()
 
@@ -60,6 +64,8 @@ class SparkSessions:
                 self._session = None
             if self._session is None:
                 self._session = _create(remote)
+                for name, value in self._configuration.items():
+                    self._session.conf.set(name, value)
             return self._session
 
     def close(self) -> None:
@@ -273,11 +279,18 @@ class ArrowSparkTables:
 
 
 def spark_tables(
-    store: TableStore, settings: ClientSettings | None = None, sessions: SparkSessions | None = None
+    store: TableStore,
+    settings: ClientSettings | None = None,
+    sessions: SparkSessions | None = None,
+    *,
+    batch_rows: int | None = None,
 ) -> SparkTables:
-    """Return the implementation that fits the deployment: by Spark itself where its connectors are installed."""
+    """Return the implementation that fits the deployment: by Spark itself where its connectors are installed.
+
+    `batch_rows` are handed to Python functions at once.
+    """
     settings = settings or ClientSettings()
-    sessions = sessions or SparkSessions(settings)
+    sessions = sessions or SparkSessions(settings, {} if batch_rows is None else {BATCH_ROWS: str(batch_rows)})
     return DeltaSparkTables(sessions, store) if settings.spark_connectors else ArrowSparkTables(sessions, store)
 
 
