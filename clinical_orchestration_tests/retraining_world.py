@@ -5,6 +5,7 @@ The registry is the real one on MLflow's own database file, so that promotion an
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,7 +19,16 @@ from clinical_orchestration.modeling.watch import ServingSample
 from clinical_orchestration.resources import PipelineResource
 from clinical_orchestration.stores.registry import ModelRegistry
 from clinical_orchestration.stores.serving import ServingUnavailableError
-from clinical_orchestration.tables import FEATURES, SILVER_COLUMNS, arrow_schema, silver
+from clinical_orchestration.tables import (
+    FEATURES,
+    PREDICTION_OUTCOMES,
+    PREDICTION_OUTCOMES_COLUMNS,
+    PREDICTIONS,
+    PREDICTIONS_COLUMNS,
+    SILVER_COLUMNS,
+    arrow_schema,
+    silver,
+)
 from clinical_orchestration.trials import TrialProfile, load_trial
 from clinical_orchestration_tests.fakes import InMemoryTableStore, RecordingNotifier
 
@@ -163,6 +173,38 @@ class World:
         for node in resolved.graph.nodes:
             node.definition._retry_policy = None  # type: ignore[attr-defined]
         return resolved.execute_in_process(instance=self.instance)
+
+    def monitored(self, result: dict[str, Any]) -> None:
+        """Report a result of the step check_model_performance."""
+        self.instance.report_runless_asset_event(
+            dg.AssetMaterialization(
+                dg.AssetKey(["monitoring", "performance"]),
+                metadata={"trial": self.profile.name, "result": dg.MetadataValue.json(result)},
+            )
+        )
+
+    def predicted(
+        self, version: str, labels: list[int], probabilities: list[float], rows: list[dict[str, float]]
+    ) -> None:
+        """Store predictions of a version with their outcomes, four of each subject."""
+        when = START + timedelta(days=400)
+        ids = [f"p{number}" for number in range(len(labels))]
+        common = {"trial": self.profile.name, "model_name": self.profile.model_name, "model_version": version}
+        predictions = [
+            {**dict.fromkeys(PREDICTIONS_COLUMNS), **common, "prediction_id": i, "predicted_at": when, "probability": p,
+             "patient_id": f"SECRET-{n // 4}", "features": json.dumps(row)}
+            for n, (i, p, row) in enumerate(zip(ids, probabilities, rows, strict=True))
+        ]  # fmt: skip
+        outcomes = [
+            {**dict.fromkeys(PREDICTION_OUTCOMES_COLUMNS), **common, "prediction_id": i, "probability": p, "outcome": y,
+             "patient_id": f"SECRET-{n // 4}", "predicted_at": when}
+            for n, (i, p, y) in enumerate(zip(ids, probabilities, labels, strict=True))
+        ]  # fmt: skip
+        for table, columns, found in (
+            (PREDICTIONS, PREDICTIONS_COLUMNS, predictions),
+            (PREDICTION_OUTCOMES, PREDICTION_OUTCOMES_COLUMNS, outcomes),
+        ):
+            self.tables.append(table, pa.Table.from_pylist(found, schema=arrow_schema(columns)))
 
     def train_champion(self) -> str:
         """Retrain once and return the champion's version."""

@@ -129,10 +129,10 @@ def watch_champion(
         # a champion that cannot be loaded is tried again by the server: one bad moment decides nothing
         recent = ServingSample(recent.version, False, recent.answers, recent.failures, recent.latency)
     decision = judge(recent, live, bounds)
+    state = "within bounds" if decision.checks else "unknown"
+    if decision.checks and not decision.out_of_bounds:
+        alerts.resolve(out_of_bounds_key(profile.name), "the champion is within its bounds again")
     if not decision.out_of_bounds and not always_ask:
-        state = "within bounds" if decision.checks else "unknown"
-        if decision.checks:
-            alerts.resolve(out_of_bounds_key(profile.name), "the champion is within its bounds again")
         return Watched(state, served, served, checks=decision.checks, sample=sample, note=note)
     champion = registry.champion(name)
     if champion is None:
@@ -141,7 +141,6 @@ def watch_champion(
     if champion.rolled_back:  # a rollback stopped half-way
         reasons = (champion.tags.get(ROLLBACK_REASON_TAG) or "it was to be rolled back",)
     if not reasons:
-        state = "within bounds" if decision.checks else "unknown"
         return Watched(state, champion.version, champion.version, checks=decision.checks, sample=sample, note=note)
     target = registry.rollback_target(name, champion.version)
     veto = ""
