@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -13,6 +14,7 @@ from clinical_orchestration.contract import MODEL_MONITORING
 from clinical_orchestration.defs import monitoring
 from clinical_orchestration.defs.monitoring import assets, data
 from clinical_orchestration.resources import PipelineResource
+from clinical_orchestration.stores.tables import DeltaTableStore, TableStore
 from clinical_orchestration.tables import DATA_DRIFT, MODEL_PERFORMANCE, PREDICTION_OUTCOMES
 from clinical_orchestration_tests.fakes import InMemoryObjects, InMemoryTableStore, RecordingNotifier
 from clinical_orchestration_tests.monitoring.trial_in_memory import (
@@ -33,9 +35,7 @@ RESULTS = (assets.PERFORMANCE, assets.DATA_DRIFT, assets.CONCEPT_DRIFT, assets.F
 class Run:
     """One run of the pipeline's steps, and what it left."""
 
-    def __init__(
-        self, tables: InMemoryTableStore, registry: FakeRegistry, notifier: RecordingNotifier | None = None
-    ) -> None:
+    def __init__(self, tables: TableStore, registry: FakeRegistry, notifier: RecordingNotifier | None = None) -> None:
         self.tables, self.objects, self.notifier = tables, InMemoryObjects(), notifier or RecordingNotifier()
         result = dg.materialize(
             monitoring.ASSETS,
@@ -56,10 +56,9 @@ class Run:
 
 
 @pytest.fixture(autouse=True)
-def no_evidently(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave Evidently out: it takes seconds; one test has it."""
-    if "evidently" not in request.keywords:
-        monkeypatch.setattr(assets, "_evidently", lambda *_: None)
+def no_evidently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave Evidently out: it takes seconds and has a test of its own."""
+    monkeypatch.setattr(assets, "_evidently", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +292,29 @@ def test_a_failing_evidently_does_not_fail_the_run(
     run = Run(sound[0].store(), sound[1])
     assert run.results[assets.REPORT]["evidently"] is None
     assert run.results[assets.REPORT]["report"]
+
+
+def test_runs_on_real_delta_tables(sound: tuple[Trial, FakeRegistry], sound_run: Run, tmp_path: Path) -> None:
+    trial, registry = sound
+    tables = DeltaTableStore(str(tmp_path))
+    trial.store(tables)
+    trained = replace(registry, info=version("1", tables.version("gold/training_set")))
+    run, again = Run(tables, trained), Run(tables, trained)
+    for name in (assets.PERFORMANCE, assets.DATA_DRIFT, assets.CONCEPT_DRIFT, assets.FEATURE_DISTRIBUTION):
+        assert run.results[name] == sound_run.results[name]
+    assert again.results[PREDICTION_OUTCOMES]["determined"] == 0
+    assert b"Drift over time" in again.objects.get(again.results[assets.REPORT]["report"].removeprefix("s3://memory/"))
+
+
+def test_a_training_set_that_was_vacuumed_away_is_no_verdict(sound: tuple[Trial, FakeRegistry], tmp_path: Path) -> None:
+    tables = DeltaTableStore(str(tmp_path))
+    sound[0].store(tables)
+    for file in (tmp_path / "gold" / "training_set").glob("*.parquet"):
+        file.unlink()
+    champion = version("1", tables.version("gold/training_set"))
+    found = data.read_populations(tables, PROFILE, champion, data.read_truth(tables, PROFILE))
+    assert found.reference is None
+    assert "train a new version" in found.why
 
 
 def test_steps_are_those_of_the_contract() -> None:

@@ -165,6 +165,26 @@ def test_outcomes_are_the_labels_that_training_would_have(
     assert sum(astuple(counts)) - counts.events == len(rows)
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.lists(moments, min_size=1, max_size=8), st.lists(moments, max_size=6), st.lists(moments, max_size=3))
+def test_outcomes_in_steps_are_those_at_once(
+    asked: list[datetime], onsets: list[datetime], steps: list[datetime]
+) -> None:
+    """However often it is looked in between, each prediction gets the same outcome, once."""
+    rows: list[dict[str, object]] = [
+        {"patient_id": "A", "feature_time": time, "prediction_id": f"id{i}"} for i, time in enumerate(asked)
+    ]
+    at_once, _ = pilot_outcomes(rows, onsets, now=day(60))
+    written: dict[str, int] = {}
+    for now in [*sorted(steps), day(60), day(60)]:
+        left = [row for row in rows if row["prediction_id"] not in written]
+        # what is known then: nothing later has happened yet
+        found, _ = pilot_outcomes(left, [onset for onset in onsets if onset <= now], now=now)
+        assert not set(found) & set(written)
+        written |= found
+    assert written == at_once
+
+
 def test_rows_in_scope_are_those_under_observation() -> None:
     subjects = table(
         "subjects",

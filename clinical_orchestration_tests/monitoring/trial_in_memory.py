@@ -94,9 +94,12 @@ class Trial:
             for domain, rows in (("adverse_events", events), ("subjects", subjects), ("patient_vitals", vitals))
         )
 
-    def store(self, train_until: datetime = START + timedelta(days=4)) -> InMemoryTableStore:
-        """Write everything; the training set holds the rows whose horizon had passed at `train_until`."""
-        tables = InMemoryTableStore()
+    def store(self, tables: Any = None, *, train_until: datetime = START + timedelta(days=4)) -> Any:
+        """Write everything; the training set holds the rows whose horizon had passed at `train_until`.
+
+        `tables` is where to (default: a new store in memory).
+        """
+        tables = InMemoryTableStore() if tables is None else tables
         frames = dict(zip(("adverse_events", "subjects", "patient_vitals"), self.silver_frames(), strict=True))
         for domain, frame in frames.items():
             tables.append(silver(domain), frame.to_arrow())
@@ -109,7 +112,7 @@ class Trial:
         self.add_predictions(tables, self.predictions)
         return tables
 
-    def add_predictions(self, tables: InMemoryTableStore, rows: list[dict[str, Any]]) -> None:
+    def add_predictions(self, tables: Any, rows: list[dict[str, Any]]) -> None:
         if rows:
             import pyarrow as pa
 
