@@ -11,9 +11,15 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.scheduler.instigation import TickStatus
 from dagster._core.storage.tags import SCHEDULED_EXECUTION_TIME_TAG
+from dagster._core.test_utils import create_run_for_test
 
+from clinical_orchestration.alerts.policy import Rules
 from clinical_orchestration.contract import PIPELINES
+from clinical_orchestration.defs.sensors import SENSORS, sensors
+from clinical_orchestration.defs.sensors.requests import Patience
+from clinical_orchestration.stores import alerts
 from clinical_orchestration_tests.sensors.support import (
     finish_runs,
     in_a_process_that_may_die,
@@ -75,6 +81,46 @@ def test_the_schedules_fire_at_the_times_of_the_contract(tmp_path: Path) -> None
     if "scheduled_retraining" in jobs:
         assert found["scheduled_retraining"] == Counter([datetime(2026, 3, 8, tzinfo=UTC)])
     assert "feature_backfill" not in found
+
+
+def test_the_daemon_evaluates_every_sensor_of_the_real_definitions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every service absent: each tick ends without an error, a failed run becomes an alert, nothing starts."""
+    for name in vars(sensors):
+        if name.endswith("_patience"):
+            monkeypatch.setattr(sensors, name, Patience(1.0))
+    monkeypatch.setenv("CLINICAL_HOME", str(tmp_path))
+    monkeypatch.setattr(alerts, "_MEMORY", memory := alerts.MemoryAlertStore())
+    now = datetime.now(UTC)
+    with workspace(tmp_path / "home", "clinical_orchestration.definitions") as context:
+        (entry,) = context.create_request_context().get_code_location_entries().values()
+        assert entry.code_location is not None, entry.load_error
+        (repository,) = entry.code_location.get_repositories().values()
+        mine = {sensor.name for sensor in SENSORS}
+        remote = {sensor.name: sensor for sensor in repository.get_sensors()}
+        for name in set(remote) - mine:
+            context.instance.stop_sensor(remote[name].get_remote_origin_id(), remote[name].selector_id, remote[name])
+        sensor_iteration(context, now)
+        config = {"resources": {"pipeline": {"config": {"trial": "simulated"}}}}
+        origin = repository.get_full_job("clinical_data_pipeline").get_remote_origin()
+        failed = create_run_for_test(
+            context.instance, "clinical_data_pipeline", run_config=config, remote_job_origin=origin
+        )
+        context.instance.report_run_failed(failed, "the worker was killed")
+        sensor_iteration(context, now + timedelta(seconds=61))
+        found = {
+            name: context.instance.get_ticks(remote[name].get_remote_origin_id(), remote[name].selector_id, limit=5)
+            for name in mine
+        }
+        runs = context.instance.get_runs()
+    for name, both in found.items():
+        assert len(both) == 2, name
+        assert {tick.status for tick in both} <= {TickStatus.SKIPPED, TickStatus.SUCCESS}, (name, both)
+    assert [run.run_id for run in runs] == [failed.run_id], "nothing was started"
+    (alert,) = memory.view(datetime.now(UTC), Rules()).open
+    assert alert.alert.key == "run:clinical_data_pipeline:simulated"
+    assert "the worker was killed" in alert.alert.what
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
