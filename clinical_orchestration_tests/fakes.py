@@ -44,7 +44,7 @@ class InMemoryTableStore:
         self._lock = threading.RLock()
 
     def uri(self, name: str) -> str:
-        return f"memory://{name}"
+        return f"memory://{id(self)}/{name}"  # two stores are two places
 
     def exists(self, name: str) -> bool:
         return name in self._tables

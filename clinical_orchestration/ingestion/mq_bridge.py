@@ -65,7 +65,7 @@ STUCK_SECONDS = 60.0
 OFF = "off: not configured"
 CURE = (
     "Set CLINICAL_MQ_URL (https://host:9443), CLINICAL_MQ_QUEUE_MANAGER, CLINICAL_MQ_QUEUE, CLINICAL_MQ_USER and "
-    "CLINICAL_MQ_PASSWORD, then stop and start the stack."
+    "CLINICAL_MQ_PASSWORD, or CLINICAL_MQ=true and the connection lab_processor; then stop and start the stack."
 )
 
 _log = logging.getLogger(__name__)

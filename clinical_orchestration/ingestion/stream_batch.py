@@ -7,7 +7,7 @@ package (the same version), its dependencies ``deltalake`` and ``confluent-kafka
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from clinical_orchestration.stores.kafka import Message
@@ -33,6 +33,8 @@ class BronzeWriter:
     topics: Mapping[str, str]
     """Bronze domain -> topic."""
     default_trial: str
+    options: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Further options of the Kafka client, such as ``security.protocol``."""
 
     def __call__(self, frame: DataFrame, batch_id: int) -> None:
         """Append the rows of one micro-batch, one commit a topic."""
@@ -46,7 +48,7 @@ class BronzeWriter:
             return
         root = self.lake_root
         tables = DeltaTableStore(root, storage_options(ClientSettings()) if root.startswith("s3://") else None)
-        reader = ConfluentTopicReader(self.bootstrap_servers)
+        reader = ConfluentTopicReader(self.bootstrap_servers, options=self.options)
         domains = {topic: domain for domain, topic in self.topics.items()}
         by_topic: dict[str, list[Message]] = {}
         for message in messages(rows):

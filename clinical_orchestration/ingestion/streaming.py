@@ -233,12 +233,14 @@ class StreamingJob:
             .option("kafka.isolation.level", "read_committed")
             # a loss is found by the offsets in Delta, which know what was ingested before it
             .option("failOnDataLoss", "false")
+            .options(**java_options(self._settings.kafka_options))
             .load()
             .selectExpr(
                 "topic", "partition", "offset", "unix_millis(timestamp) AS timestamp_ms", "key", "value", "headers"
             )
         )
-        writer = BronzeWriter(self._settings.kafka_bootstrap_servers, self._root, dict(topics), self._trial)
+        options = dict(self._settings.kafka_options)
+        writer = BronzeWriter(self._settings.kafka_bootstrap_servers, self._root, dict(topics), self._trial, options)
         path = self.checkpoint
         sink = (
             stream.writeStream.queryName(f"{NAME}-{os.getpid()}")
@@ -329,7 +331,7 @@ class StreamingJob:
         from clinical_orchestration.stores.spark import spark_tables
 
         # a run of the pipeline may be at it: then there is nothing left to do here, or little
-        with exclusive(REFINE, self._root, wait=60, settings=self._settings):
+        with exclusive(REFINE, self._tables.uri(QUARANTINE), wait=60, settings=self._settings):
             spark = spark_tables(self._tables, self._settings, self._sessions)
             report = refine(spark, self._tables, self._profiles(), now=datetime.now(UTC))
             if time.monotonic() - self._maintained > MAINTAIN_SECONDS:
@@ -409,6 +411,36 @@ class StreamingJob:
         while not self.stopping.is_set() and (left := deadline - time.monotonic()) > 0:
             self.stopping.wait(min(left, 2.0))
             self._show(self.state)
+
+
+def java_options(options: Mapping[str, str]) -> dict[str, str]:
+    """Return options of librdkafka as those of Spark's source, whose client is the Java one.
+
+    Security is carried over: protocol, SASL with user and password, the CA as a PEM file on the server's machine.
+    Others are for the client here only.
+    """
+    given = {name: str(value) for name, value in options.items()}
+    found: dict[str, str] = {}
+    if "security.protocol" in given:
+        found["kafka.security.protocol"] = given["security.protocol"].upper()
+    mechanism = given.get("sasl.mechanisms") or given.get("sasl.mechanism")
+    if mechanism:
+        found["kafka.sasl.mechanism"] = mechanism
+        module = "scram.ScramLoginModule" if mechanism.upper().startswith("SCRAM") else "plain.PlainLoginModule"
+        user, password = (
+            given.get(name, "").replace("\\", "\\\\").replace('"', '\\"') for name in ("sasl.username", "sasl.password")
+        )
+        found["kafka.sasl.jaas.config"] = (
+            f'org.apache.kafka.common.security.{module} required username="{user}" password="{password}";'
+        )
+    if "ssl.ca.location" in given:
+        found |= {
+            "kafka.ssl.truststore.type": "PEM",
+            "kafka.ssl.truststore.location": given["ssl.ca.location"],
+        }
+    if given.get("ssl.endpoint.identification.algorithm") == "none":
+        found["kafka.ssl.endpoint.identification.algorithm"] = ""
+    return found
 
 
 def _as_function(writer: BronzeWriter) -> Callable[[Any, int], None]:
@@ -520,7 +552,7 @@ def main(arguments: list[str] | None = None) -> int:
     return job.run()
 
 
-def _start_detached(home: Path, arguments: list[str], patience: float = 120.0) -> int:
+def _start_detached(home: Path, arguments: list[str], patience: float = 180.0) -> int:
     """Start the job as a process of its own and wait until its query runs."""
     log = home / "logs" / f"{NAME}.log"
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -592,20 +592,24 @@ def _probe_kafka(context: Context, timeout: float) -> None:
 # ----------------------------------------------------------------------------------- workers beside the pipelines
 
 
+def _is_true(variable: str) -> bool:
+    return os.environ.get(variable, "").strip().lower() in ("1", "true", "yes", "on")
+
+
 def _mq_off(_: StackSettings) -> StackError | None:
     """Return why the IBM MQ bridge does not run: there is no queue manager to talk to."""
-    if os.environ.get("CLINICAL_MQ_URL", "").strip():
+    if os.environ.get("CLINICAL_MQ_URL", "").strip() or _is_true("CLINICAL_MQ"):
         return None
     return StackError(
         "off: not configured",
         "Set CLINICAL_MQ_URL (https://host:9443), CLINICAL_MQ_QUEUE_MANAGER, CLINICAL_MQ_QUEUE, CLINICAL_MQ_USER and "
-        "CLINICAL_MQ_PASSWORD, then stop and start the stack.",
+        "CLINICAL_MQ_PASSWORD, or CLINICAL_MQ=true and the connection lab_processor; then stop and start the stack.",
     )
 
 
 def _streaming_off(_: StackSettings) -> StackError | None:
     """Return why the streaming job does not run: the pipeline takes the topics in by itself."""
-    if os.environ.get("CLINICAL_STREAMING", "").strip().lower() in ("1", "true", "yes", "on"):
+    if _is_true("CLINICAL_STREAMING"):
         return None
     return StackError(
         "off: the pipeline takes the topics in when it runs",
@@ -617,8 +621,8 @@ def _streaming_installed(settings: StackSettings) -> StackError | None:
     return _kafka_installed(settings) or spark_connectors_missing(settings)
 
 
-WORKER_SILENT_SECONDS = 90
-"""A worker tells of itself every few seconds; one request of its own may take a minute where a service is away."""
+WORKER_SILENT_SECONDS = 180
+"""A worker tells of itself every few seconds; one request of its own may take two minutes where a service is away."""
 
 
 def _probe_worker(name: str) -> Callable[[Context, float], object]:

@@ -123,7 +123,7 @@ class MessageQueue(Protocol):
 class MqSettings(BaseSettings):
     """Where the queues are and how to get in; from ``CLINICAL_MQ_*``."""
 
-    model_config = SettingsConfigDict(env_prefix="CLINICAL_MQ_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="CLINICAL_MQ_", extra="ignore", hide_input_in_errors=True)
 
     url: str = Field("", description="Address of the MQ web server, such as https://mq.example:9443; empty: off.")
     queue_manager: str = "QM1"

@@ -32,7 +32,7 @@ def exclusive(name: str, scope: str, *, wait: float, settings: ClientSettings | 
 
     Args:
         name: what is locked, such as :data:`REFINE`.
-        scope: of which deployment: the root of its lake.
+        scope: of which deployment: the address of a table that its holders write.
         wait: seconds to wait for another holder; 0 tries once.
         settings: where PostgreSQL is.
 

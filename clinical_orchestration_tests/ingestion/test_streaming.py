@@ -272,6 +272,27 @@ def test_without_spark_the_job_says_so_and_goes_on_trying(tmp_path: Path, monkey
     assert once.run() == 1
 
 
+def test_security_options_of_the_client_are_given_to_spark_too() -> None:
+    assert streaming.java_options({}) == {}
+    given = {
+        "security.protocol": "sasl_ssl",
+        "sasl.mechanisms": "SCRAM-SHA-512",
+        "sasl.username": "reader",
+        "sasl.password": 'pa"ss',
+        "ssl.ca.location": "/etc/ca.pem",
+        "socket.timeout.ms": "1000",
+    }
+    assert streaming.java_options(given) == {
+        "kafka.security.protocol": "SASL_SSL",
+        "kafka.sasl.mechanism": "SCRAM-SHA-512",
+        "kafka.sasl.jaas.config": "org.apache.kafka.common.security.scram.ScramLoginModule required "
+        'username="reader" password="pa\\"ss";',
+        "kafka.ssl.truststore.type": "PEM",
+        "kafka.ssl.truststore.location": "/etc/ca.pem",
+    }
+    assert "pa" not in repr(BronzeWriter("b", "r", {}, "t", given)).replace("patient", "")
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("5m", 300), ("1h", 3600), ("2.5", 2.5), (" 10 s ", 10)])
 def test_intervals(text: str, seconds: float) -> None:
     assert streaming.seconds_of(text) == seconds

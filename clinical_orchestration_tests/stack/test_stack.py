@@ -249,7 +249,11 @@ def test_a_service_that_nobody_asked_for_is_off_and_no_failure(
 
 @pytest.mark.parametrize(
     ("name", "level", "variable", "value"),
-    [("mq_bridge", 1, "CLINICAL_MQ_URL", "https://mq:9443"), ("streaming", 2, "CLINICAL_STREAMING", "true")],
+    [
+        ("mq_bridge", 1, "CLINICAL_MQ_URL", "https://mq:9443"),
+        ("mq_bridge", 1, "CLINICAL_MQ", "true"),
+        ("streaming", 2, "CLINICAL_STREAMING", "true"),
+    ],
 )
 def test_optional_workers_are_off_until_they_are_configured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, level: int, variable: str, value: str

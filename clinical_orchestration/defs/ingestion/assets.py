@@ -171,12 +171,11 @@ def spark_data_processing(
     """Decode, validate and deduplicate what is new in bronze; account for every record."""
     from clinical_orchestration.ingestion.accounting import account_for
     from clinical_orchestration.ingestion.silver import refine
-    from clinical_orchestration.settings import lake_root
     from clinical_orchestration.stores.locks import REFINE, exclusive
 
     trial = pipeline.profile().name
     # the streaming job refines too, where it runs: one at a time
-    with exclusive(REFINE, lake_root(), wait=1800):
+    with exclusive(REFINE, tables.uri(QUARANTINE), wait=1800):
         report = refine(spark, tables, profiles(), now=datetime.now(UTC))
         if not report.no_new_data:
             _keep_in_shape(context, tables)
