@@ -73,20 +73,17 @@ class ClientError(RuntimeError):
 
 
 class _Client:
-    """A trial of a deployment."""
+    """A trial of a deployment; raises :class:`ClientError` where there is no such trial."""
 
     def __init__(self, trial: str | None, settings: ClientSettings | None) -> None:
         self._settings = settings or ClientSettings()
-        self.trial = trial or self._settings.trial
+        self.profile = _profile(trial or self._settings.trial)
+        """The trial's profile."""
 
     @property
-    def profile(self) -> TrialProfile:
-        """The trial's profile.
-
-        Raises:
-            ClientError: there is no such trial.
-        """
-        return _profile(self.trial)
+    def trial(self) -> str:
+        """The trial's name."""
+        return self.profile.name
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(trial={self.trial!r})"

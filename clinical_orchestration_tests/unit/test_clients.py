@@ -363,7 +363,7 @@ def test_nothing_shows_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_trial_is_answered_with_those_there_are() -> None:
     with pytest.raises(ClientError, match="available: cdisc-pilot, simulated"):
-        FeatureStore("no-such-trial").names  # noqa: B018 - a property
+        FeatureStore("no-such-trial")
 
 
 def test_the_deployment_is_that_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
