@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from clinical_orchestration.stores.registry import ModelRegistry
     from clinical_orchestration.stores.serving import ServingClient
     from clinical_orchestration.stores.spark import SparkTables
+    from clinical_orchestration.stores.spark_jobs import SparkJobs
     from clinical_orchestration.stores.tables import TableStore
 
 
@@ -172,6 +173,22 @@ class SparkResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return spark_tables(_table_store(self.root), batch_rows=Variables().data_processing_batch_size)
 
 
+class SparkJobsResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """Spark batch jobs: submit, wait, status, logs, kill."""
+
+    master_url: str | None = Field(
+        default=None,
+        description="Master for SparkSubmit, such as spark://host:7077; empty text: Spark Connect; "
+        "not given: the variable spark_master_url.",
+    )
+
+    def create_resource(self, context: dg.InitResourceContext) -> SparkJobs:
+        """Return the way of running jobs that fits the deployment."""
+        from clinical_orchestration.stores.spark_jobs import spark_jobs
+
+        return spark_jobs(master_url=self.master_url)
+
+
 class KafkaResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     """The Kafka topics."""
 
@@ -223,14 +240,16 @@ class RegistryResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         """Return the model registry."""
         from clinical_orchestration.stores.registry import ModelRegistry
 
-        settings = ClientSettings()
+        settings, variables = ClientSettings(), Variables()
         environment = {
-            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(Variables().max_retry_attempts),
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(variables.max_retry_attempts),
             "MLFLOW_TRACKING_USERNAME": settings.mlflow_username,
             "MLFLOW_TRACKING_PASSWORD": settings.mlflow_password.get_secret_value(),
         }
         return ModelRegistry(
-            settings.mlflow_tracking_uri, {name: value for name, value in environment.items() if value}
+            settings.mlflow_tracking_uri,
+            {name: value for name, value in environment.items() if value},
+            stage=variables.model_stage,
         )
 
 
@@ -277,6 +296,7 @@ def build_resources() -> dict[str, Any]:
         "pipeline": PipelineResource(),
         "tables": TablesResource(),
         "spark": SparkResource(),
+        "spark_jobs": SparkJobsResource(),
         "kafka": KafkaResource(),
         "online": OnlineStoreResource(),
         "registry": RegistryResource(),

@@ -53,6 +53,8 @@ LOGGED_TAG = "training_logged"
 
 # the story of a version
 PROMOTION_TAG = "promotion"  # champion, challenger, refused, replaced, rolled back
+STAGE_TAG = "stage"  # of the champion: as the deployment calls it; of those that were: archived
+ARCHIVED = "archived"
 PROMOTED_AT_TAG = "promoted_at"
 REPLACED_TAG = "replaced_version"  # the champion before, to go back to
 ROLLED_BACK_AT_TAG = "rolled_back_at"
@@ -238,10 +240,14 @@ class ModelRegistry:
     Args:
         tracking_uri: Address of the server, such as ``http://127.0.0.1:5000``.
         environment: Further variables that the MLflow library reads; what the process has already stays.
+        stage: What the champion's tag ``stage`` says.
     """
 
-    def __init__(self, tracking_uri: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, tracking_uri: str, environment: Mapping[str, str] | None = None, *, stage: str = "production"
+    ) -> None:
         self.tracking_uri = tracking_uri
+        self._stage = stage
         self._environment = {**_MLFLOW_DEFAULTS, **(environment or {})}
         self._mlflow_client: Any = None
         self._answered = -_PING_EVERY_SECONDS
@@ -643,14 +649,17 @@ class ModelRegistry:
                 self._tag(client, model_name, version, {REPLACED_TAG: replaced})
                 client.set_registered_model_alias(model_name, PREVIOUS_CHAMPION, replaced)
             client.set_registered_model_alias(model_name, CHAMPION, version)
-            self._tag(client, model_name, version, {PROMOTION_TAG: "champion", PROMOTED_AT_TAG: moment})
+            self._tag(client, model_name, version, self._promoted(moment))
             if before is not None and before.version != version:
-                self._tag(client, model_name, before.version, {PROMOTION_TAG: "replaced"})
+                self._tag(client, model_name, before.version, {PROMOTION_TAG: "replaced", STAGE_TAG: ARCHIVED})
             if self._alias_of(client, model_name, CHALLENGER) == version:
                 client.delete_registered_model_alias(model_name, CHALLENGER)
             return replaced
 
         return self._call(f"promotion of {model_name} version {version}", ask)
+
+    def _promoted(self, moment: str) -> dict[str, str]:
+        return {PROMOTION_TAG: "champion", PROMOTED_AT_TAG: moment, STAGE_TAG: self._stage}
 
     def set_challenger(self, model_name: str, version: str) -> None:
         """Point the alias ``challenger`` to a version that waits beside the champion."""
@@ -720,10 +729,15 @@ class ModelRegistry:
 
         def ask() -> ModelVersionInfo:
             client = self._client()
-            story = {PROMOTION_TAG: "rolled back", ROLLED_BACK_AT_TAG: moment, ROLLBACK_REASON_TAG: reason}
+            story = {
+                PROMOTION_TAG: "rolled back",
+                STAGE_TAG: ARCHIVED,
+                ROLLED_BACK_AT_TAG: moment,
+                ROLLBACK_REASON_TAG: reason,
+            }
             self._tag(client, model_name, version, story)
             client.set_registered_model_alias(model_name, CHAMPION, target.version)
-            self._tag(client, model_name, target.version, {PROMOTION_TAG: "champion", PROMOTED_AT_TAG: moment})
+            self._tag(client, model_name, target.version, self._promoted(moment))
             if after is not None and after.version != version:
                 client.set_registered_model_alias(model_name, PREVIOUS_CHAMPION, after.version)
             elif self._alias_of(client, model_name, PREVIOUS_CHAMPION) is not None:

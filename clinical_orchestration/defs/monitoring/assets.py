@@ -53,6 +53,11 @@ NOT_DEGRADED = dg.AssetCheckSpec(
     asset=asset_key(PERFORMANCE),
     description="AUROC is not lower than at training beyond its interval, and the calibration has not shifted.",
 )
+ABOVE_THRESHOLD = dg.AssetCheckSpec(
+    "performance_at_threshold",
+    asset=asset_key(PERFORMANCE),
+    description="AUROC is at least the share of its value at training that model_performance_threshold says.",
+)
 STABLE = dg.AssetCheckSpec(
     "features_as_at_training",
     asset=asset_key(DATA_DRIFT),
@@ -96,7 +101,7 @@ ENOUGH = dg.AssetCheckSpec(
             deps=[FEATURES, CHAMPION],
         ),
     ],
-    check_specs=[ONE_OUTCOME, NOT_DEGRADED],
+    check_specs=[ONE_OUTCOME, NOT_DEGRADED, ABOVE_THRESHOLD],
     pool="monitoring_tasks",
     retry_policy=RETRY,
 )
@@ -185,8 +190,26 @@ def check_model_performance(
                 passed=performance.status != "degraded",
                 severity=dg.AssetCheckSeverity.ERROR,
                 metadata={"status": performance.status, "reasons": "; ".join(performance.reasons)},
-            )
+            ),
+            _above_threshold(result, pipeline.variables().model_performance_threshold),
         ],
+    )
+
+
+def _above_threshold(result: dict[str, Any], share: float) -> dg.AssetCheckResult:
+    """Compare AUROC with a share of its value at training; what is not known yet passes."""
+    now, then = (result.get("auroc") or {}).get("value"), (result.get("baseline") or {}).get("auroc")
+    bound = None if then is None else share * then
+    return dg.AssetCheckResult(
+        asset_key=asset_key(PERFORMANCE),
+        check_name=ABOVE_THRESHOLD.name,
+        passed=now is None or bound is None or now >= bound,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={
+            "model_performance_threshold": share,
+            **({} if now is None else {"auroc": now}),
+            **({} if bound is None else {"lowest_auroc": bound}),
+        },
     )
 
 
