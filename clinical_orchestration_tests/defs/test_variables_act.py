@@ -232,7 +232,7 @@ def test_home_is_not_taken_from_the_users_home(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_documentation_has_every_variable_and_connection() -> None:
     text = OPERATIONS.read_text()
-    documented = set(re.findall(r"^\| `([a-z_]+)` \|", text, re.MULTILINE))
+    documented = set(re.findall(r"^\| `([a-z0-9_]+)` \|", text, re.MULTILINE))
     assert set(Variables.model_fields) - documented == set()
     assert set(CONNECTION_TYPES) - documented == set()
     for names in CLIENT_NAMES.values():
