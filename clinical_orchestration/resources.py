@@ -45,6 +45,7 @@ class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     conf: dict[str, Any] = Field(
         default_factory=dict,
         description="Free-form; `force_training: true` trains even when nothing changed, "
+        "`keep_model: true` brings data and features up to date and trains nothing, "
         "`full_features: true` computes all features again, "
         "`apply_cleaning: true` applies the safe corrections of data_quality_monitoring and `revert: <batch id>` takes "
         "a batch of them back, "

@@ -1,6 +1,7 @@
 """The model of a trial profile, one YAML file a trial beside this module.
 
-Nothing else in the code knows a trial's name. Durations are written ``30m``, ``6h``, ``14d``.
+Nothing else in the code knows a trial's name. Durations are written ``30m``, ``6h``, ``14d``. A profile that
+``extends`` another takes over what it does not say itself.
 """
 
 from __future__ import annotations
@@ -179,4 +180,8 @@ def load_trial(name: str) -> TrialProfile:
     path = Path(name) if name.endswith((".yaml", ".yml")) else _folder() / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"there is no trial profile {name!r}; available: {', '.join(available_trials())}")
-    return TrialProfile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    base = values.pop("extends", None)
+    if base is not None:
+        values = {**load_trial(base).model_dump(), **values}
+    return TrialProfile.model_validate(values)

@@ -101,8 +101,14 @@ def train_model(
     profile = pipeline.profile()
     experiment_id = result_of(context, asset_key(MLFLOW_EXPERIMENT), profile.name)["experiment_id"]
     inputs = _inputs(tables, profile)
+    kept = find_result(context, asset_key(CANDIDATES), profile.name) if pipeline.flag("keep_model") else None
     done = None if pipeline.flag("force_training") else _done_before(context, registry, profile, experiment_id, inputs)
-    if done is not None:
+    note = "nothing changed since the last training: its result is used"
+    if kept is not None:
+        note = "keep_model: the last training's result is used, whatever the tables hold now"
+        context.log.info("The model of MLflow run %s is kept, as conf asks: no model is trained.", kept["run_id"])
+        result, experiment_id, inputs = {**kept, "trained": False}, kept["experiment_id"], kept["inputs"]
+    elif done is not None:
         context.log.info("The tables are as they were for MLflow run %s: no model is trained.", done["run_id"])
         result = {**done, "trained": False}
     else:
@@ -130,7 +136,7 @@ def train_model(
             **counts,
             "trained": result["trained"],
             "candidate": result["candidate"],
-            "note": "trained" if result["trained"] else "nothing changed since the last training: its result is used",
+            "note": "trained" if result["trained"] else note,
             "mlflow_run": dg.MetadataValue.url(_run_url(registry, experiment_id, result["run_id"])),
         },
     )
