@@ -1,0 +1,288 @@
+"""A trial in which things go wrong half-way, and what the platform does about it, without a hand.
+
+    python examples/incident_scenario.py            # about 20 minutes on two cores
+
+It starts a platform of its own (free ports, a folder of its own), plays a hospital (messages to Kafka, a prediction for
+every patient every day) and the clock (each simulated day the pipelines whose schedule fires), and prints the timeline.
+On day 10 of the trial three things begin: one site's thermometer reads Fahrenheit, another site's laboratory falls
+silent, and adverse events happen twice as often at the same state of health. Everything after that is the platform's
+doing: quality findings, stale sources, drift, alerts, a run of ``scheduled_retraining`` that a sensor asks for, and the
+decision about the new model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+TRIAL = "simulated-live"
+CALM_DAYS = 10
+FAHRENHEIT_SITE, SILENT_SITE = 3, 5
+
+
+@dataclass
+class Timeline:
+    """What happened, when in the trial and when on the clock; printed as it happens."""
+
+    started: float = field(default_factory=time.monotonic)
+    entries: list[tuple[float, str, str]] = field(default_factory=list)
+
+    def add(self, day: float, kind: str, text: str) -> None:
+        self.entries.append((day, kind, text))
+        print(f"{time.monotonic() - self.started:7.0f} s  day {day:5.1f}  {kind:<11} {text}", flush=True)
+
+    def first(self, kind: str) -> int | None:
+        """Return the place of the first entry of a kind."""
+        return next((place for place, entry in enumerate(self.entries) if entry[1] == kind), None)
+
+
+class Platform:
+    """The running platform, through the addresses that everybody uses."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        import httpx
+
+        self.api = httpx.Client(base_url=environment["AIRFLOW_URL"] + "/api/v1/", timeout=60)
+        self.page = httpx.Client(base_url=environment["AIRFLOW_URL"], timeout=60)
+        self.serving = httpx.Client(base_url=environment["SERVING_URL"], timeout=60)
+
+    def run(self, pipeline: str, **conf: Any) -> dict[str, Any]:
+        """Run a pipeline and return how it ended."""
+        answer = self.api.post(f"dags/{pipeline}/dagRuns", json={"conf": {"trial": TRIAL, **conf}})
+        answer.raise_for_status()
+        return self.wait(pipeline, answer.json()["dag_run_id"])
+
+    def wait(self, pipeline: str, run_id: str) -> dict[str, Any]:
+        while True:
+            run: dict[str, Any] = self.api.get(f"dags/{pipeline}/dagRuns/{run_id}").json()
+            if run["state"] in ("success", "failed"):
+                return run
+            time.sleep(1)
+
+    def result(self, pipeline: str, run_id: str, task: str) -> dict[str, Any]:
+        """Return what a task of a run returned."""
+        path = f"dags/{pipeline}/dagRuns/{run_id}/taskInstances/{task}/xcomEntries/return_value"
+        answer = self.api.get(path, params={"stringify": "false"})
+        return answer.json()["value"] if answer.status_code == 200 else {}
+
+    def runs(self, pipeline: str) -> list[dict[str, Any]]:
+        """Return the runs of a pipeline, oldest first."""
+        found: list[dict[str, Any]] = self.api.get(f"dags/{pipeline}/dagRuns").json()["dag_runs"]
+        return found
+
+    def alerts(self) -> list[dict[str, Any]]:
+        """Return the open alerts."""
+        found: list[dict[str, Any]] = self.page.get("/alerts.json").json()["open"]
+        return found
+
+    def predict(self, patients: list[str]) -> int:
+        """Ask for a prediction for each patient; return how many were answered."""
+        answered = 0
+        for start in range(0, len(patients), 500):
+            body = {"instances": [{"patient_id": patient, "trial": TRIAL} for patient in patients[start : start + 500]]}
+            answer = self.serving.post("/predict/batch", json=body)
+            if answer.status_code == 200:
+                answered += sum(1 for one in answer.json()["predictions"] if "probability" in one)
+        return answered
+
+
+class Hospital:
+    """Sends the messages of the simulated trial to Kafka, up to a day."""
+
+    def __init__(self, subjects: int, days: float, seed: int) -> None:
+        from clinical_orchestration.settings import Variables
+        from clinical_orchestration.simulation import simulate
+        from clinical_orchestration.stores.kafka import producer, topic_admin
+        from clinical_orchestration.trials import load_trial
+        from clinical_orchestration.trials.profile import Incident, SimulationSettings
+
+        settings = SimulationSettings(
+            seed=seed,
+            subjects=subjects,
+            days=days,
+            incidents=(
+                Incident(kind="fahrenheit", from_day=CALM_DAYS, site=FAHRENHEIT_SITE),
+                Incident(kind="silent_lab", from_day=CALM_DAYS, site=SILENT_SITE),
+                Incident(kind="event_rate", from_day=CALM_DAYS, factor=2.0),
+            ),
+        )
+        self.start = datetime.fromisoformat(settings.start)
+        self.topics = Variables().topics()
+        self._producer = producer()
+        admin = topic_admin()
+        admin.ensure_topics(self.topics.values())
+        admin.keep_forever(self.topics.values())  # the messages carry the times of the simulated trial
+        self._messages: Iterator[Any] = simulate(settings, load_trial(TRIAL).study_id)
+        self._next: Any = None
+        self.patients: set[str] = set()
+
+    def send_until(self, day: float) -> int:
+        """Send what arrives up to a day of the trial; return the number of messages."""
+        from clinical_orchestration.ingestion.simulate import stream_to_kafka
+
+        return stream_to_kafka(self._producer, self._until(self.start + timedelta(days=day)), self.topics, trial=TRIAL)
+
+    def _until(self, moment: datetime) -> Iterator[Any]:
+        while True:
+            message = self._next or next(self._messages, None)
+            self._next = None
+            if message is None:
+                return
+            if message.arrival > moment:
+                self._next = message
+                return
+            if message.domain == "subjects" and message.kind == "ok":
+                self.patients.add(message.key.decode())
+            yield message
+
+
+def play(platform: Platform, hospital: Hospital, days: int, timeline: Timeline) -> None:
+    """Play the trial day by day."""
+    known_alerts: set[str] = set()
+    known_runs: set[str] = set()
+    seen: set[str] = set()
+
+    def look(day: float) -> None:
+        """Note alerts and runs of retraining that were not there before."""
+        for alert in platform.alerts():
+            if alert["key"] not in known_alerts:
+                known_alerts.add(alert["key"])
+                timeline.add(day, "alert", f"[{alert['severity']}] {alert['title']}")
+        for run in platform.runs("scheduled_retraining"):
+            if run["dag_run_id"] not in known_runs:
+                known_runs.add(run["dag_run_id"])
+                timeline.add(
+                    day, "retraining", f"asked for by a sensor: {run['conf'].get('reason', 'no reason given')}"
+                )
+                done = platform.wait("scheduled_retraining", run["dag_run_id"])
+                decision = platform.result("scheduled_retraining", run["dag_run_id"], "deploy_new_model")
+                timeline.add(day, "promotion", f"run {done['state']}: {_decision(decision)}")
+
+    def note(day: float, kind: str, text: str) -> None:
+        if text and f"{kind} {text}" not in seen:
+            seen.add(f"{kind} {text}")
+            timeline.add(day, kind, text)
+
+    sent = hospital.send_until(CALM_DAYS - 2)
+    timeline.add(CALM_DAYS - 2, "data", f"{sent:,} messages of {len(hospital.patients)} patients")
+    run = platform.run("clinical_data_pipeline")
+    if run["state"] != "success":
+        raise SystemExit(f"the first run of clinical_data_pipeline is {run['state']}; the page shows why")
+    trained = platform.result("clinical_data_pipeline", run["dag_run_id"], "evaluate_model")
+    timeline.add(CALM_DAYS - 2, "model", f"first champion; {_shown(trained)}")
+    for day in range(CALM_DAYS - 1, days + 1):
+        sent = hospital.send_until(day)
+        ingest = platform.run("clinical_data_pipeline", keep_model=True)
+        answered = platform.predict(sorted(hospital.patients))
+        print(
+            f"{'':10}  day {day:5.1f}  {sent:,} messages, ingest {ingest['state']}, {answered} predictions", flush=True
+        )
+        quality = platform.run("data_quality_monitoring")
+        report = platform.result("data_quality_monitoring", quality["dag_run_id"], "generate_quality_report")
+        if report.get("anomalies"):
+            note(day, "quality", f"{report['anomalies']} anomalies found")
+        for source in report.get("stale_sources") or ():
+            note(day, "freshness", f"stale: {source}")
+        monitoring = platform.run("model_monitoring")
+        drift = platform.result("model_monitoring", monitoring["dag_run_id"], "detect_data_drift")
+        concept = platform.result("model_monitoring", monitoring["dag_run_id"], "check_concept_drift")
+        performance = platform.result("model_monitoring", monitoring["dag_run_id"], "check_model_performance")
+        if drift.get("status") == "drift":
+            note(day, "drift", f"data: {len(drift['drifted_features'])} of {drift['features']} features")
+        if concept.get("status") == "drift":
+            note(day, "drift", "concept: the errors of the model grow")
+        if _performance(performance).get("status") == "degraded":
+            note(day, "drift", "performance below its interval")
+        deadline = time.monotonic() + 75  # sensors look every half minute
+        look(day)
+        while day > CALM_DAYS + 1 and timeline.first("drift") is not None and time.monotonic() < deadline:
+            if timeline.first("promotion") is not None:
+                break
+            time.sleep(3)
+            look(day)
+        if timeline.first("promotion") is not None and day > CALM_DAYS + 2:
+            break
+
+
+def _performance(result: dict[str, Any]) -> dict[str, Any]:
+    if "status" in result:
+        return result
+    return next((one for one in result.values() if isinstance(one, dict) and "status" in one), {})
+
+
+def _decision(result: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in result.items() if isinstance(value, str | int | bool))[:300]
+
+
+def _shown(result: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in result.items() if isinstance(value, str | float | int))[:200]
+
+
+def in_order(timeline: Timeline) -> list[str]:
+    """Return what of the story is missing or comes too early; empty when it went as it should."""
+    wrong = []
+    story = ("quality", "freshness", "drift", "retraining", "promotion")
+    places = {kind: timeline.first(kind) for kind in (*story, "alert")}
+    wrong += [f"no entry of the kind {kind}" for kind, place in places.items() if place is None]
+    found = [kind for kind in story if places[kind] is not None]
+    for before, after in itertools.pairwise(found):
+        if places[before] > places[after]:  # type: ignore[operator]
+            wrong.append(f"{after} came before {before}")
+    early = [
+        entry for entry in timeline.entries if entry[0] <= CALM_DAYS and entry[1] in ("quality", "drift", "freshness")
+    ]
+    wrong += [f"false alarm on day {day}: {kind}, {text}" for day, kind, text in early]
+    return wrong
+
+
+def main() -> int:
+    """Run the scenario; return 0 when everything followed in its order."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--home", type=Path, help="folder of the platform; default: a temporary one, removed at the end"
+    )
+    parser.add_argument("--subjects", type=int, default=160)
+    parser.add_argument("--days", type=int, default=24, help="longest play; it ends with the retrained model")
+    parser.add_argument("--seed", type=int, default=20250101)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="clinical-scenario-") as temporary:
+        home = (options.home or Path(temporary)).absolute()
+        os.environ |= {
+            "CLINICAL_HOME": str(home),
+            "CLINICAL_TRIAL": TRIAL,
+            "CLINICAL_VAR_CLINICAL_DATA_MINIMUM_RECORDS": "100000000",  # the script is the clock of the data pipeline
+        }
+        from clinical_orchestration.stack import client
+        from clinical_orchestration.stack.settings import INTERNAL_PORTS, PUBLIC_PORTS, StackSettings
+
+        settings = StackSettings.load(home, ports=dict.fromkeys((*PUBLIC_PORTS, *INTERNAL_PORTS), 0))
+        print(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}  the platform starts in {home}", flush=True)
+        client.start(settings)
+        timeline = Timeline()
+        try:
+            os.environ |= settings.environment()
+            print(f"{'':10}  the page: {settings.url('page')}", flush=True)
+            hospital = Hospital(options.subjects, options.days, options.seed)
+            play(Platform(settings.environment()), hospital, options.days, timeline)
+        finally:
+            client.stop(settings)
+    print("\nTimeline")
+    for day, kind, text in timeline.entries:
+        print(f"  day {day:5.1f}  {kind:<11} {text}")
+    wrong = in_order(timeline)
+    for text in wrong:
+        print(f"not as expected: {text}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
