@@ -100,6 +100,23 @@ class OnlineFeatures:
 
 
 @dataclass(frozen=True)
+class OnlineSummary:
+    """What is online of a patient, without the values.
+
+    Attributes:
+        trial: name of the trial profile.
+        feature_time: the time t at which the features hold (UTC).
+        feature_set: id of the set of features.
+        features: how many features are not null.
+    """
+
+    trial: str
+    feature_time: datetime
+    feature_set: str
+    features: int
+
+
+@dataclass(frozen=True)
 class OnlineLoad:
     """What one load did, in patients."""
 
@@ -140,6 +157,14 @@ class OnlineStore(Protocol):
 
     def get_many(self, patient_ids: Sequence[str]) -> dict[str, OnlineFeatures]:
         """Return the features of those `patient_ids` that have any, in one round trip for hundreds of patients.
+
+        Raises:
+            OnlineStoreError: the store does not answer.
+        """
+        ...
+
+    def summaries(self, patient_ids: Sequence[str]) -> dict[str, OnlineSummary]:
+        """Return what is online of those `patient_ids` that have anything, much faster than with all values.
 
         Raises:
             OnlineStoreError: the store does not answer.
@@ -191,6 +216,12 @@ def _parse(patient_id: str, fields: Mapping[str, str]) -> OnlineFeatures | None:
         features={name: float(value) for name, value in fields.items() if name not in META_FIELDS},
         feature_set=fields.get("feature_set", ""),
         loaded_at=datetime.fromisoformat(loaded_at) if loaded_at else None,
+    )
+
+
+def _summary(meta: Mapping[str, str], features: int) -> OnlineSummary:
+    return OnlineSummary(
+        meta.get("trial", ""), datetime.fromisoformat(meta["feature_time"]), meta.get("feature_set", ""), features
     )
 
 
@@ -308,6 +339,26 @@ class RedisOnlineStore:
                     found[patient_id] = row
         return found
 
+    def summaries(self, patient_ids: Sequence[str]) -> dict[str, OnlineSummary]:
+        """Return what is online of many patients, see :meth:`OnlineStore.summaries`."""
+        found: dict[str, OnlineSummary] = {}
+        for batch in _batches(patient_ids):
+
+            def ask(client: redis.Redis, batch: list[str] = batch) -> list[Any]:
+                with client.pipeline(transaction=False) as pipeline:
+                    for patient_id in batch:
+                        pipeline.hmget(self.key(patient_id), list(META_FIELDS))
+                        pipeline.hlen(self.key(patient_id))
+                    answers: list[Any] = pipeline.execute()
+                return answers
+
+            answers = self._ask(ask)
+            for patient_id, meta, fields in zip(batch, answers[::2], answers[1::2], strict=True):
+                said = {name: value for name, value in zip(META_FIELDS, meta, strict=True) if value is not None}
+                if "feature_time" in said:
+                    found[patient_id] = _summary(said, int(fields) - len(said))
+        return found
+
     def count(self) -> int:
         """Count patients, see :meth:`OnlineStore.count`; scans the keys, so not for every request."""
         pattern = _escape_glob(self._prefix) + "*" + _SUFFIX
@@ -376,6 +427,15 @@ class InMemoryOnlineStore:
     def get_many(self, patient_ids: Sequence[str]) -> dict[str, OnlineFeatures]:
         """Return many patients' features, see :meth:`OnlineStore.get_many`."""
         return {patient_id: row for patient_id in patient_ids if (row := self.get(patient_id)) is not None}
+
+    def summaries(self, patient_ids: Sequence[str]) -> dict[str, OnlineSummary]:
+        """Return what is online of many patients, see :meth:`OnlineStore.summaries`."""
+        found = {}
+        for patient_id in patient_ids:
+            fields = self._live(patient_id)
+            if fields is not None:
+                found[patient_id] = _summary(fields, sum(name not in META_FIELDS for name in fields))
+        return found
 
     def count(self) -> int:
         """Count patients, see :meth:`OnlineStore.count`."""

@@ -18,6 +18,7 @@ from clinical_orchestration.stores.online import (
     OnlineFeatures,
     OnlineLoad,
     OnlineStoreError,
+    OnlineSummary,
     RedisOnlineStore,
 )
 
@@ -186,3 +187,13 @@ def test_the_reader_needs_neither_spark_nor_frames() -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def test_summaries_say_what_is_online_without_the_values(store: Store) -> None:
+    store.put([row("P1", weight=None), row("P2", NOON + timedelta(hours=1))])
+    assert store.summaries(["P1", "P2", "P3"]) == {
+        patient: OnlineSummary(found.trial, found.feature_time, found.feature_set, found_features)
+        for patient, found in store.get_many(["P1", "P2"]).items()
+        if (found_features := len(found.features))
+    }
+    assert store.summaries([]) == {}

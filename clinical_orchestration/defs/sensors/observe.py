@@ -233,17 +233,14 @@ def feature_store_states(
         recorded = FeatureState(profile, tables).recorded() or {}
         moved = any(version is not None and recorded.get(domain) != version for domain, version in versions.items())
         patients = _sample({*offline, *records}, now)
-        rows = online.get_many(patients)
         yield FeatureStoreState(
             trial=profile.name,
             offline=offline,
             newest_record=records,
             silver_moved=moved,
             online={
-                patient: OnlineRow(
-                    row.feature_time, row.feature_set, sum(value is not None for value in row.features.values())
-                )
-                for patient, row in rows.items()
+                patient: OnlineRow(row.feature_time, row.feature_set, row.features)
+                for patient, row in online.summaries(patients).items()
                 if row.trial == profile.name
             },
             asked=frozenset(patients),
