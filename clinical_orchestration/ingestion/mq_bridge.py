@@ -31,8 +31,10 @@ from typing import Any, Protocol
 
 import orjson
 
+from clinical_orchestration.alerts.model import Severity
 from clinical_orchestration.ingestion.kafka import TRIAL_HEADER
 from clinical_orchestration.ingestion.status_file import StatusFile, read_status
+from clinical_orchestration.ingestion.worker_alerts import WorkerAlerts
 from clinical_orchestration.stores.ibm_mq import (
     MessageQueue,
     MqError,
@@ -52,6 +54,8 @@ from clinical_orchestration.transforms.hl7 import looks_like_hl7, read_oru
 from clinical_orchestration.transforms.messages import parse_object
 
 NAME = "mq_bridge"
+TITLE = "IBM MQ bridge"
+WHERE = "run/mq_bridge.json and logs/mq_bridge.log in the home of the stack"
 MESSAGE_ID_HEADER = "mq-message-id"
 MAX_RECORD_BYTES = 900_000
 """Below the largest message that brokers take by default."""
@@ -165,6 +169,7 @@ class Bridge:
         topic: Kafka topic of the results.
         trial: trial that is written on the records.
         status: where the bridge says how it is doing.
+        alerts: whom it tells what needs a person.
         now: the clock, in seconds since the epoch.
     """
 
@@ -179,6 +184,7 @@ class Bridge:
         topic: str,
         trial: str,
         status: StatusFile | None = None,
+        alerts: WorkerAlerts | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
         from zoneinfo import ZoneInfo
@@ -196,6 +202,7 @@ class Bridge:
         self._topic = topic
         self._trial = trial.encode()
         self._status = status
+        self._alerts = alerts or WorkerAlerts(None, NAME, TITLE, WHERE)
         self._now = now
         self._zone: tzinfo = ZoneInfo(settings.time_zone)
         self._types = [item.strip() for item in settings.identifier_types.split(",") if item.strip()]
@@ -224,6 +231,7 @@ class Bridge:
                 worked = self.cycle()
                 failures = 0
                 self._show("running")
+                self._alerts.working()
                 if not worked:
                     self.stopping.wait(self._settings.poll_seconds)
             except FencedError as error:
@@ -396,6 +404,14 @@ class Bridge:
         self.counts.poison += 1
         self.counts.reasons.update(rules)
         _log.warning("message %s went to %s: %s", identifier, settings.backout_queue, ", ".join(sorted(rules)))
+        self._alerts.tell(
+            "poison",
+            Severity.WARNING,
+            "Laboratory messages that cannot be read",
+            f"{self.counts.poison} messages went to the queue {settings.backout_queue} since the bridge was started; "
+            f"their rules: {', '.join(f'{rule} {count}' for rule, count in self.counts.reasons.most_common())}.",
+            "Look at the message property clinical_reasons there, have the sender correct them, and put them back.",
+        )
         return True
 
     def _forget(self) -> None:
@@ -460,6 +476,7 @@ class Bridge:
         while not self.stopping.is_set() and (left := deadline - time.monotonic()) > 0:
             self.stopping.wait(min(left, 2.0))
             self._show(self.state)
+            self._alerts.degraded(self.last_error or "no reason given", "Follow the advice in the error.")
 
 
 def transactional_id(settings: MqSettings) -> str:
@@ -475,6 +492,7 @@ def build(settings: MqSettings | None = None) -> Bridge:
     """
     from clinical_orchestration.settings import ClientSettings, Variables
     from clinical_orchestration.stores import kafka
+    from clinical_orchestration.stores.alerts import build_notifier
     from clinical_orchestration.stores.ibm_mq import RestMessageQueue
     from clinical_orchestration.trials import load_trial
 
@@ -490,6 +508,7 @@ def build(settings: MqSettings | None = None) -> Bridge:
         topic=Variables().kafka_lab_results_topic,
         trial=settings.trial or load_trial(client.trial).name,
         status=StatusFile(client.home, NAME),
+        alerts=WorkerAlerts(lambda: build_notifier(client), NAME, TITLE, WHERE),
     )
 
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from clinical_orchestration.ingestion.kafka import offset_app
 from clinical_orchestration.ingestion.status_file import StatusFile, read_status
 from clinical_orchestration.ingestion.stream_batch import BronzeWriter
+from clinical_orchestration.ingestion.worker_alerts import WorkerAlerts
 from clinical_orchestration.tables import DOMAINS, DUPLICATES, QUARANTINE, bronze, silver
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from clinical_orchestration.trials import TrialProfile
 
 NAME = "streaming"
+TITLE = "streaming job"
+WHERE = "run/streaming.json and logs/streaming.log in the home of the stack"
 BACK_OFF = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 """Seconds before the first, second ... new start of a query that failed; the last holds for all further ones."""
 
@@ -98,6 +101,7 @@ class StreamingJob:
         max_offsets: Kafka offsets in one micro-batch at most, of all topics together.
         once: end when everything that was there at the start is in silver.
         status: where the job says how it is doing.
+        alerts: whom it tells that it cannot work.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class StreamingJob:
         max_offsets: int = 20_000,
         once: bool = False,
         status: StatusFile | None = None,
+        alerts: WorkerAlerts | None = None,
     ) -> None:
         from clinical_orchestration.settings import lake_root
         from clinical_orchestration.stores.spark import SparkSessions
@@ -130,6 +135,7 @@ class StreamingJob:
         self._max_offsets = max_offsets
         self._once = once
         self._status = status
+        self._alerts = alerts or WorkerAlerts(None, NAME, TITLE, WHERE)
         self._root = lake_root(settings)
         self._sessions: SparkSessions = SparkSessions(settings)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="refine")
@@ -185,6 +191,7 @@ class StreamingJob:
                 return
             topics = self._present()
         self.progress.topics = sorted(topics.values())
+        self._seen = None
         query = self._start(topics) if topics else None
         looked = time.monotonic()
         try:
@@ -200,6 +207,8 @@ class StreamingJob:
                     raise StreamFailedError("the query ended, maybe because another start took it over")
                 self._refine_when_due()
                 self._show("running")
+                if self._seen is not None:  # a micro-batch of this query has ended well
+                    self._alerts.working()
                 if time.monotonic() - looked > TOPICS_SECONDS:
                     looked = time.monotonic()
                     if self._present() != topics:
@@ -411,6 +420,10 @@ class StreamingJob:
         while not self.stopping.is_set() and (left := deadline - time.monotonic()) > 0:
             self.stopping.wait(min(left, 2.0))
             self._show(self.state)
+            self._alerts.degraded(
+                self.progress.last_error or "no reason given",
+                "See the job's log; the pipeline takes the topics in meanwhile.",
+            )
 
 
 def java_options(options: Mapping[str, str]) -> dict[str, str]:
@@ -482,6 +495,7 @@ def build(
     from clinical_orchestration.settings import ClientSettings as Settings
     from clinical_orchestration.settings import Variables
     from clinical_orchestration.stores import kafka
+    from clinical_orchestration.stores.alerts import build_notifier
     from clinical_orchestration.stores.tables import DeltaTableStore
     from clinical_orchestration.trials import available_trials, load_trial
 
@@ -504,6 +518,7 @@ def build(
         max_offsets=max_offsets,
         once=once,
         status=StatusFile(settings.home, NAME),
+        alerts=WorkerAlerts(lambda: build_notifier(settings), NAME, TITLE, WHERE),
     )
 
 

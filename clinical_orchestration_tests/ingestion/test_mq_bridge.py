@@ -12,6 +12,7 @@ import pytest
 from clinical_orchestration.ingestion import mq_bridge
 from clinical_orchestration.ingestion.mq_bridge import Bridge, decode
 from clinical_orchestration.ingestion.status_file import StatusFile, read_status
+from clinical_orchestration.ingestion.worker_alerts import WorkerAlerts
 from clinical_orchestration.stores.ibm_mq import (
     MqRefusedError,
     MqSettings,
@@ -20,6 +21,7 @@ from clinical_orchestration.stores.ibm_mq import (
     UnreadableMessageError,
 )
 from clinical_orchestration.stores.kafka import FencedError, Message, Record, RecordRefusedError, TransactionFailedError
+from clinical_orchestration_tests.fakes import RecordingNotifier
 from clinical_orchestration_tests.ingestion.fake_kafka import FakeKafka
 from clinical_orchestration_tests.ingestion.mq_standin import Answer, Drop, QueueManager, Seen
 
@@ -73,8 +75,11 @@ def settings(qmgr: QueueManager, **changes: Any) -> MqSettings:
     return MqSettings(**{**values, **changes})
 
 
+GIVEN = ("now", "status", "alerts")
+
+
 def bridge(qmgr: QueueManager, kafka: MemoryKafka, **changes: Any) -> Bridge:
-    chosen = settings(qmgr, **{name: value for name, value in changes.items() if name not in ("now", "status")})
+    chosen = settings(qmgr, **{name: value for name, value in changes.items() if name not in GIVEN})
     made = Bridge(
         RestMessageQueue(chosen),
         chosen,
@@ -83,7 +88,7 @@ def bridge(qmgr: QueueManager, kafka: MemoryKafka, **changes: Any) -> Bridge:
         topics=kafka,
         topic="lab-results",
         trial="simulated",
-        **{name: value for name, value in changes.items() if name in ("now", "status")},
+        **{name: value for name, value in changes.items() if name in GIVEN},
     )
     made.connect()
     return made
@@ -281,6 +286,45 @@ def test_a_crash_around_the_backout_neither_loses_nor_doubles(
     assert len(qmgr.queues[QUEUE]) == 1, "it is removed only after it was put"
     bridge(qmgr, kafka, backout_threshold=1).cycle()
     assert qmgr.queues[QUEUE] == []
+    assert len(qmgr.queues[BACKOUT]) == 1
+
+
+def test_people_are_told_of_poison_and_of_a_bridge_that_cannot_work_for_long(
+    qmgr: QueueManager, kafka: MemoryKafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mq_bridge, "BACK_OFF", (0.01,))
+    people, time = RecordingNotifier(), [0.0]
+    alerts = WorkerAlerts(lambda: people, "mq_bridge", "IBM MQ bridge", "logs", clock=lambda: time[0])
+    qmgr.put(f'{{"patient_id": "{PATIENT}"')
+    moving = bridge(qmgr, kafka, alerts=alerts, backout_threshold=1, poll_seconds=0.01)
+    states: list[list[str]] = []
+
+    def away(seen: Seen) -> None:
+        time[0] += 100
+        states.append([alert.key for alert in people.sent])
+        if 6 < seen.number < 16:
+            raise Answer(503, 2059)
+        if seen.number > 20:
+            moving.stopping.set()
+
+    qmgr.fault = away
+    moving.run()
+
+    assert [alert.key for alert in people.sent] == ["mq_bridge:poison", "mq_bridge:degraded"]
+    assert people.resolved == ["mq_bridge:degraded", "mq_bridge:degraded"], "at the start, and when it works again"
+    poison, degraded = people.sent
+    assert "LAB.RESULTS.BACKOUT" in poison.what
+    assert "2059 MQRC_Q_MGR_NOT_AVAILABLE" in degraded.what
+    assert PATIENT not in str(people.sent)
+
+
+def test_a_notifier_that_fails_does_not_stop_the_bridge(qmgr: QueueManager, kafka: MemoryKafka) -> None:
+    def broken() -> Any:
+        raise OSError("no database")
+
+    qmgr.put("{")
+    alerts = WorkerAlerts(broken, "mq_bridge", "IBM MQ bridge", "logs")
+    bridge(qmgr, kafka, alerts=alerts, backout_threshold=1).cycle()
     assert len(qmgr.queues[BACKOUT]) == 1
 
 
