@@ -16,6 +16,8 @@ from clinical_orchestration.contract import (
 from clinical_orchestration.defs import backfill, data_quality, monitoring, retraining
 
 EXCLUSIVE_TAG = "clinical/exclusive"
+_EXCLUSIVE = {FEATURE_BACKFILL: CLINICAL_DATA_PIPELINE.name}
+"""Runs with one value of the tag wait for one another: a pipeline's own, and those that write the same tables."""
 
 
 def pipeline_job(pipeline: Pipeline, selection: dg.AssetSelection) -> dg.UnresolvedAssetJobDefinition:
@@ -31,7 +33,7 @@ def pipeline_job(pipeline: Pipeline, selection: dg.AssetSelection) -> dg.Unresol
         tags={
             **{f"airflow/{tag}": "true" for tag in pipeline.tags},
             "owner": OWNER,
-            EXCLUSIVE_TAG: pipeline.name,
+            EXCLUSIVE_TAG: _EXCLUSIVE.get(pipeline, pipeline.name),
         },
         executor_def=dg.in_process_executor,
     )

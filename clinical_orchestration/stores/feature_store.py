@@ -476,6 +476,7 @@ def read_rows(
     between: tuple[date, date] | None = None,
     version: int | None = None,
     where: Mapping[str, str] | None = None,
+    order: bool = True,
 ) -> pl.DataFrame:
     """Return columns of a trial's rows, those the table does not have as nulls.
 
@@ -491,29 +492,50 @@ def read_rows(
         between: only rows from the first to the last of these feature dates.
         version: as of this version instead of the newest.
         where: only rows with these texts in these columns.
+        order: sorted by patient and time, which must then be among `columns`.
     """
     import polars as pl
 
-    uri = tables.uri(table)
     wanted = pl.col("trial") == profile.name
     if dates is not None:
         wanted &= pl.col("feature_date").is_in(list(dates))
     if between is not None:
         wanted &= pl.col("feature_date").is_between(*between)
-    if not tables.exists(table) or (dates is not None and not dates):
-        rows = pl.LazyFrame(arrow_schema(FEATURE_KEY_COLUMNS).empty_table())
-        where = None
-    elif "://" in uri and not uri.startswith("s3://"):  # held in memory
-        rows = pl.LazyFrame(tables.read(table, version=version))
-    else:
-        options = storage_options(ClientSettings()) if uri.startswith("s3://") else None
-        rows = pl.scan_delta(uri, storage_options=options, version=version)
+    rows = None if dates is not None and not dates else _scan(tables, table, version)
+    if rows is None:
+        rows, where = pl.LazyFrame(arrow_schema(FEATURE_KEY_COLUMNS).empty_table()), None
     for name, text in (where or {}).items():
         wanted &= pl.col(name) == text
     present = set(rows.collect_schema().names())
     missing = [pl.lit(None, dtype=pl.Float64).alias(name) for name in columns if name not in present]
     frame: pl.DataFrame = rows.filter(wanted).with_columns(missing).select(columns).collect()
-    return frame.sort("patient_id", "feature_time")
+    return frame.sort("patient_id", "feature_time") if order else frame
+
+
+def row_counts(tables: TableStore, *, version: int | None = None) -> pl.DataFrame:
+    """Return the number of feature rows of each trial and day: ``trial``, ``feature_date``, ``rows``.
+
+    `version` is that of the table (default: the newest).
+    """
+    import polars as pl
+
+    rows = _scan(tables, FEATURES, version)
+    if rows is None:
+        rows = pl.LazyFrame(arrow_schema(FEATURE_KEY_COLUMNS).empty_table())
+    return rows.group_by("trial", "feature_date").agg(pl.len().alias("rows")).collect()
+
+
+def _scan(tables: TableStore, table: str, version: int | None) -> pl.LazyFrame | None:
+    """Return a table as Polars reads it, None for an absent one."""
+    import polars as pl
+
+    uri = tables.uri(table)
+    if not tables.exists(table):
+        return None
+    if "://" in uri and not uri.startswith("s3://"):  # held in memory
+        return pl.LazyFrame(tables.read(table, version=version))
+    options = storage_options(ClientSettings()) if uri.startswith("s3://") else None
+    return pl.scan_delta(uri, storage_options=options, version=version)
 
 
 def load_newest(offline: OfflineStore, online: OnlineStore, profile: TrialProfile) -> OnlineLoad:
