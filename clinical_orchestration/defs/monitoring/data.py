@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clinical_orchestration.stores.registry import ModelRegistry, ModelVersionInfo
 from clinical_orchestration.stores.tables import TableStore, TransactionMovedError
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from clinical_orchestration.monitoring.drift import Sample
     from clinical_orchestration.monitoring.outcomes import OutcomeCounts
 
-MAX_PREDICTIONS = 20_000
+MAX_PREDICTIONS = 5_000
 """Drift in what the model is asked about is looked for in the newest so many predictions."""
+MAX_ROWS = 100_000
+"""Of current feature rows, the newest so many are compared (about 2.5 KB each)."""
 _ATTEMPTS = 3
 
 
@@ -180,6 +182,7 @@ def read_populations(
     chosen, what = keys.filter(since & horizons), "rows newer than the training set"
     if chosen["patient_id"].n_unique() < MIN_SUBJECTS:
         chosen, what = keys, "all rows: too few subjects have rows newer than the training set"
+    chosen = chosen.sort("feature_time", "patient_id").tail(MAX_ROWS)
     rows = read_rows(tables, profile, [*FEATURE_KEY_COLUMNS, *names], chosen["feature_date"].unique().to_list()).join(
         chosen.select("patient_id", "feature_time", "start"), on=["patient_id", "feature_time"], how="inner"
     )
@@ -218,21 +221,25 @@ def _asked(
     Of known patients only those made for a time under observation count: of other times the model never saw a row.
     Requests without a patient each count as a subject of their own.
     """
-    import orjson
     import polars as pl
 
     from clinical_orchestration.monitoring.outcomes import in_scope
 
+    mine = [("trial", "=", profile.name), ("model_name", "=", champion.name), ("model_version", "=", champion.version)]
+    columns = ["prediction_id", "patient_id", "predicted_at", "feature_time"]
     made = (
-        _frame(
-            tables,
-            PREDICTIONS,
-            profile,
-            ["prediction_id", "patient_id", "predicted_at", "feature_time", "model_name", "model_version", "features"],
-        )
-        .filter((pl.col("model_name") == champion.name) & (pl.col("model_version") == champion.version))
+        pl.DataFrame(pl.from_arrow(tables.read(PREDICTIONS, columns=columns, filters=mine)))
         .sort("predicted_at", "prediction_id")
         .tail(MAX_PREDICTIONS)
+    )
+    if made.is_empty():
+        return None
+    # the features of a prediction are kilobytes: only those of these are read
+    since = [*mine, ("predicted_at", ">=", made["predicted_at"].min())]
+    given = tables.read(PREDICTIONS, columns=["prediction_id", "features"], filters=since)
+    made = (
+        made.unique("prediction_id", keep="last", maintain_order=True)
+        .join(pl.DataFrame(pl.from_arrow(given)).unique("prediction_id"), on="prediction_id", how="left")
         .with_columns(feature_time=pl.coalesce("feature_time", "predicted_at"))
     )
     known = (
@@ -256,9 +263,20 @@ def _asked(
     rows = pl.concat([known, unnamed], how="vertical_relaxed")
     if rows.is_empty():
         return None
-    given = [orjson.loads(text) if text else {} for text in rows["features"].to_list()]
-    columns = {name: pl.Series(name, [row.get(name) for row in given], pl.Float64, strict=False) for name in names}
-    return _sample(rows.drop("features").with_columns(**columns), names)
+    parsed = [_features(text) for text in rows["features"].to_list()]
+    values = {name: pl.Series(name, [row.get(name) for row in parsed], pl.Float64, strict=False) for name in names}
+    return _sample(rows.drop("features").with_columns(**values), names)
+
+
+def _features(text: str | None) -> dict[str, Any]:
+    """Return a prediction's features; none where they cannot be read."""
+    import orjson
+
+    try:
+        found = orjson.loads(text or "{}")
+    except orjson.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _sample(rows: "pl.DataFrame", names: Sequence[str]) -> "Sample":
