@@ -191,7 +191,6 @@ class StreamingJob:
                 return
             topics = self._present()
         self.progress.topics = sorted(topics.values())
-        self._seen = None
         query = self._start(topics) if topics else None
         looked = time.monotonic()
         try:
@@ -227,6 +226,7 @@ class StreamingJob:
         return {domain: topic for domain, topic in self._topics.items() if topic in existing}
 
     def _start(self, topics: Mapping[str, str]) -> Any:
+        self._seen = None
         for domain in topics:
             self._tables.ensure(bronze(domain))
         session = self._sessions.get()
