@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -621,15 +622,24 @@ def _mark(cursor: extensions.cursor, ids: Sequence[int], status: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no word for it
+    return value if value is None or isinstance(value, bool | int | float) else _clean(str(value))
+
+
+def _clean(text: str) -> str:
+    """Return `text` without what PostgreSQL's jsonb refuses: NUL and halves of surrogate pairs."""
+    return text.replace("\x00", "").encode("utf-8", "replace").decode("utf-8")
 
 
 def _alert_json(alert: Alert) -> dict[str, Any]:
+    texts = {name: _clean(getattr(alert, name)) for name in ("key", "title", "what", "where", "action", "source")}
     return {
-        "key": alert.key, "severity": alert.severity.value, "title": alert.title, "what": alert.what,
-        "where": alert.where, "action": alert.action, "source": alert.source, "trial": alert.trial,
-        "details": {str(name): _plain(value) for name, value in alert.details.items()},
-    }  # fmt: skip
+        **texts,
+        "severity": alert.severity.value,
+        "trial": alert.trial,
+        "details": {_clean(str(name)): _plain(value) for name, value in alert.details.items()},
+    }
 
 
 def _alert(data: Mapping[str, Any]) -> Alert:
@@ -678,11 +688,12 @@ class AlertCenter:
 
     def send(self, alert: Alert) -> bool:
         """Open or update an alert, see :meth:`Notifier.send`."""
-        return self._act(lambda store: store.raise_alert(alert, self.clock(), self.rules, self._names))
+        clean = _alert(_alert_json(alert))
+        return self._act(lambda store: store.raise_alert(clean, self.clock(), self.rules, self._names))
 
     def resolve(self, key: str, note: str = "") -> bool:
         """Close an alert, see :meth:`Notifier.resolve`."""
-        return self._act(lambda store: store.resolve(key, note, self.clock(), self.rules, self._names))
+        return self._act(lambda store: store.resolve(_clean(key), _clean(note), self.clock(), self.rules, self._names))
 
     def deliver(self) -> int:
         """Send what waits in the channels; return how many messages they took."""
@@ -700,11 +711,12 @@ class AlertCenter:
             _logger.error("the alert store does not answer (%s); the log has the alert", type(error).__name__)
             store = self._spare
             message = decide(store)
-        if message is not None:
-            _log(message)
+        if message is None:
+            return False
+        _log(message)
         for channel in self.channels:
             self._deliver(store, channel)
-        return message is not None
+        return True
 
     def _deliver(self, store: AlertStore, channel: Channel) -> int:
         taken = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -226,6 +227,17 @@ def test_the_view_has_the_worst_first_and_what_was_resolved(store: AlertStore, c
     assert [shown.alert.key for shown in store.view(clock.now, RULES).open] == ["c", "w"]
     clock.forward(days=6)
     assert store.view(clock.now, RULES).resolved == ()
+
+
+def test_texts_and_figures_of_any_kind_can_be_stored(store: AlertStore, clock: Clock) -> None:
+    channel = Recorder()
+    odd = replace(ALERT, what="nul \x00 half \ud800 end", details={"nan": float("nan"), "time": clock.now, "list": [1]})
+    notifier = center(store, clock, channel)
+    assert notifier.send(odd)
+    (view,) = store.view(clock.now, RULES).open
+    json.dumps(view.as_dict(), allow_nan=False).encode()
+    assert notifier.resolve(odd.key, "note \x00")
+    assert channel.kinds == [Kind.OPENED, Kind.RESOLVED]
 
 
 def test_without_a_channel_the_log_has_the_alert(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:

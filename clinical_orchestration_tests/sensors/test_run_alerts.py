@@ -10,6 +10,7 @@ import pytest
 
 from clinical_orchestration.alerts.model import Alert, Severity
 from clinical_orchestration.alerts.policy import Kind
+from clinical_orchestration.defs.sensors import runs
 from clinical_orchestration.defs.sensors.runs import trial_of
 from clinical_orchestration.defs.sensors.sensors import run_failure_alerts, run_success_alerts
 from clinical_orchestration.resources import PipelineResource
@@ -154,3 +155,19 @@ def test_checks_that_do_not_pass_raise_alerts_by_their_severity_and_resolve_when
 def test_the_trial_of_a_run(config: dict[str, Any], trial: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CLINICAL_TRIAL", raising=False)
     assert trial_of(dg.DagsterRun(job_name="x", run_config=config)) == trial
+
+
+def test_checks_that_their_pipeline_tells_itself_are_not_told_twice(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "TOLD_BY_THEIR_PIPELINE", frozenset({("tested", "hard")}))
+    alerts = RecordingNotifier()
+    tell(instance, run(instance, passed=False), alerts)
+    assert [alert.key for alert in alerts.sent] == ["check:tested:soft:simulated"]
+
+
+def test_the_checks_that_are_left_out_exist() -> None:
+    from clinical_orchestration.definitions import defs as deployed
+
+    known = {(key.asset_key.to_user_string(), key.name) for key in deployed.resolve_asset_graph().asset_check_keys}
+    assert known >= runs.TOLD_BY_THEIR_PIPELINE

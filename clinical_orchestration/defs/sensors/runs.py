@@ -13,6 +13,20 @@ from clinical_orchestration.settings import ClientSettings, Variables
 FINISHED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE)
 _LOOKED_AT = 25
 
+TOLD_BY_THEIR_PIPELINE = frozenset(
+    {
+        ("quality/report", "quality_score_at_least_threshold"),
+        ("quality/freshness", "sources_are_fresh"),
+        ("quality/anomalies", "sites_are_alike"),
+        ("monitoring/performance", "performance_as_at_training"),
+        ("monitoring/data_drift", "features_as_at_training"),
+        ("monitoring/concept_drift", "errors_do_not_grow"),
+        ("monitoring/feature_distribution", "features_in_range"),
+        ("monitoring/feature_distribution", "enough_features"),
+    }
+)
+"""Checks (asset, name) whose finding is an alert of a step of the same run, with more to say: not told again."""
+
 
 def run_alert_key(job_name: str, trial: str) -> str:
     """Return the key of the alert that a pipeline fails."""
@@ -128,6 +142,8 @@ def tell_checks(instance: dg.DagsterInstance, run: dg.DagsterRun, alerts: Notifi
     for evaluation in check_evaluations(instance, run.run_id):
         trial = _trial(evaluation, run)
         asset = evaluation.asset_key.to_user_string()
+        if (asset, evaluation.check_name) in TOLD_BY_THEIR_PIPELINE:
+            continue
         key = check_alert_key(asset, evaluation.check_name, trial)
         if evaluation.passed:
             alerts.resolve(key, f"the check passed in run {run.run_id}")
