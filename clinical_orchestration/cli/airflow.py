@@ -6,9 +6,20 @@ import sys
 from collections.abc import Sequence
 
 from clinical_orchestration.cli.command import Command, CommandError, Group, build_parser
-from clinical_orchestration.cli.groups import connections, pools, secret_key, variables
+from clinical_orchestration.cli.groups import connections, dags, pools, secret_key, system, tasks, variables
 
-ENTRIES: tuple[Group | Command, ...] = (connections.GROUP, variables.GROUP, pools.GROUP, secret_key.ROTATE)
+ENTRIES: tuple[Group | Command, ...] = (
+    dags.GROUP,
+    tasks.GROUP,
+    connections.GROUP,
+    variables.GROUP,
+    pools.GROUP,
+    system.DB,
+    system.JOBS,
+    system.INFO,
+    system.VERSION,
+    secret_key.ROTATE,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

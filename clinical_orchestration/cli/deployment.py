@@ -12,6 +12,7 @@ from clinical_orchestration.cli.command import CommandError
 if TYPE_CHECKING:
     from dagster import DagsterInstance
 
+    from clinical_orchestration.airflow.control import Control
     from clinical_orchestration.platform.store import PlatformStore
 
 
@@ -72,3 +73,41 @@ def instance() -> Iterator[DagsterInstance]:
     except DBAPIError as error:
         # the text of the error has the address, and may have what is in a URL
         raise CommandError(f"The database of Dagster does not answer ({type(error.orig).__name__})") from None
+
+
+@contextlib.contextmanager
+def control() -> Iterator[Control]:
+    """Give Airflow's view of the deployment: its instance, and the code that its workspace names.
+
+    Nothing of it goes through the page. Runs are started by the daemon.
+
+    Raises:
+        CommandError: the instance's database does not answer, or no code server does.
+    """
+    from pathlib import Path
+
+    with instance() as found:
+        # Dagster tells on standard error what it loads; a command's own words stand alone
+        import logging
+
+        from dagster._core.workspace.context import WorkspaceProcessContext
+        from dagster._core.workspace.load_target import WorkspaceFileTarget
+
+        from clinical_orchestration.airflow.control import AirflowError, Control
+        from clinical_orchestration.airflow.database import open_engine
+
+        logging.getLogger("dagster").setLevel(logging.ERROR)
+        found.optimize_for_webserver(15_000, pool_recycle=3600, max_overflow=5)
+        file = Path(os.environ["DAGSTER_HOME"]) / "workspace.yaml"
+        if not file.is_file():
+            raise CommandError(f"{file} is missing; DAGSTER_HOME must name the folder that holds it")
+        engine = open_engine(os.environ.get("POSTGRES_URL", ""), size=1) if os.environ.get("POSTGRES_URL") else None
+        if engine is None:
+            raise CommandError("There is no database: POSTGRES_URL is not set")
+        try:
+            with WorkspaceProcessContext(found, WorkspaceFileTarget(paths=[str(file)])) as workspace:
+                yield Control(lambda: workspace, engine)
+        except AirflowError as error:
+            raise CommandError(str(error)) from None
+        finally:
+            engine.dispose()
