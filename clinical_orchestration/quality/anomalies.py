@@ -30,6 +30,18 @@ MIN_READINGS = 5
 MIN_RUN = 10
 """Readings that a patient needs before repeated ones say something."""
 
+PRIOR_TESTS = 4
+"""From so many tests on, each borrows from the others how much sites differ."""
+
+PRIOR_WEIGHT = 10.0
+"""What the other tests count for, in degrees of freedom."""
+
+SKEW = 1.5
+"""A test is skewed when its upper 40 % of patients' means spread so many times as wide as its lower 40 %."""
+
+BETWEEN_FLOOR = 0.25
+"""Smallest variance between sites, as a share of what patients alone would make them differ."""
+
 MEAN_FLOOR = 0.75
 """Smallest shrunken difference of a site's mean that matters, in standard deviations between patients."""
 
@@ -190,22 +202,23 @@ def _site_comparison(
     """Compare a statistic of patients between sites, test by test.
 
     The site's mean of its patients' (winsorised) figures is compared with the centre of the sites. Its variance is
-    the variance between patients over their number, plus the variance between sites beyond that (robust, so that the
-    site that is looked for does not hide itself). The t distribution of the number of sites accounts for that
-    estimate. The difference is shrunken towards 0 by the number of patients before it is compared with `floor`.
+    the variance between patients over their number, plus the variance between sites beyond that: robust, so that the
+    site that is looked for does not hide itself, and shrunken towards that of the table's other tests, because a
+    handful of sites says little (as in Smyth, Stat. Appl. Genet. Mol. Biol. 3 (2004) 3). Degrees of freedom follow
+    Satterthwaite. The difference is shrunken towards 0 by the number of patients before `floor` is applied.
 
     Args:
         patients: ``test_code, site, patient_id, figure``.
-        make: makes the anomaly from ``test, site, observed, expected, effect, n, p_value``; an empty description
-            where the effect is below the floor.
-        floor: smallest shrunken effect that matters.
+        make: makes the anomaly from ``test, site, observed, expected, effect, large, n, p_value``; its description is
+            empty where the effect is not large.
+        floor: smallest shrunken effect that is large.
         scaled: whether effects are in standard deviations between patients, else in the figure's own unit.
     """
     import numpy as np
     import polars as pl
     from scipy import stats
 
-    found = []
+    tests = []
     for (test,), rows in patients.drop_nulls().sort("test_code", "site").group_by("test_code", maintain_order=True):
         sites = rows.group_by("site", maintain_order=True).agg(pl.col("figure"))
         groups = {
@@ -213,43 +226,94 @@ def _site_comparison(
             for site, figures in sites.iter_rows()
             if len(figures) >= MIN_PATIENTS
         }
-        if len(groups) < MIN_SITES:
-            continue
-        deviations = np.concatenate([figures - np.median(figures) for figures in groups.values()])
-        sigma = MAD_TO_SD * float(np.median(np.abs(deviations)))
-        sigma = sigma or float(np.mean(np.abs(deviations))) * 1.2533
-        if not sigma:
-            continue
-        means = np.array([
-            np.clip(figures, np.median(figures) - 3 * sigma, np.median(figures) + 3 * sigma).mean()
-            for figures in groups.values()
-        ])  # fmt: skip
-        sizes = np.array([figures.size for figures in groups.values()])
-        centre = float(np.median(means))
-        within = sigma**2 / sizes
-        spread = MAD_TO_SD * float(np.median(np.abs(means - centre)))
-        between = max(0.0, spread**2 - float(np.median(within)))
-        for site, mean, size, variance in zip(groups, means, sizes, within, strict=True):
-            z = (mean - centre) / np.sqrt(variance + between)
-            p_value = float(2 * stats.t.sf(abs(z), df=max(len(groups) - 1, 3)))
-            unit = sigma if scaled else 1.0
-            shrunken = (mean - centre) / unit * size / (size + 2.0)
+        sigma = _spread(list(groups.values())) if len(groups) >= MIN_SITES else 0.0
+        if sigma:
+            means = np.array([_winsorised_mean(figures, sigma) for figures in groups.values()])
+            sizes = np.array([figures.size for figures in groups.values()])
+            usual = float(np.median(1.0 / sizes))
+            # variance between sites, in units of that between patients
+            between = max(0.0, _biweight_variance(means) / sigma**2 - usual)
+            tests.append((str(test), list(groups), means, sizes, sigma, usual, between))
+    prior = float(np.median([item[-1] for item in tests])) if len(tests) >= PRIOR_TESTS else 0.0
+    weight = PRIOR_WEIGHT if len(tests) >= PRIOR_TESTS else 0.0
+    found = []
+    for test_code, names, means, sizes, sigma, usual, own in tests:
+        df_sites = len(names) - 1 + weight
+        between = ((len(names) - 1) * own + weight * prior) / df_sites
+        # an estimate of 0 from a few sites is no proof that they are equal
+        between = max(between, BETWEEN_FLOOR * usual)
+        centre, df_patients = float(np.median(means)), float(sizes.sum() - sizes.size)
+        for site, mean, size in zip(names, means, sizes, strict=True):
+            total = 1.0 / size + between
+            z = (mean - centre) / (sigma * np.sqrt(total))
+            freedom = total**2 / ((1.0 / size) ** 2 / df_patients + between**2 / df_sites)
+            shrunken = (mean - centre) / (sigma if scaled else 1.0) * size / (size + 2.0)
             found.append(
                 make({
-                    "test": str(test), "site": site, "observed": float(mean), "expected": centre,
-                    "effect": float(shrunken), "large": abs(shrunken) >= floor, "n": int(size), "p_value": p_value,
+                    "test": test_code, "site": site, "observed": float(mean), "expected": centre,
+                    "effect": float(shrunken), "large": abs(shrunken) >= floor, "n": int(size),
+                    "p_value": float(2 * stats.t.sf(abs(z), df=freedom)),
                 })
             )  # fmt: skip
     return found
 
 
+def _spread(groups: list[np.ndarray]) -> float:
+    """Return the robust standard deviation of figures around their site's median."""
+    import numpy as np
+
+    # around the median of its own few figures a site varies less than it does
+    deviations = np.abs(
+        np.concatenate(
+            [(figures - np.median(figures)) * np.sqrt(figures.size / (figures.size - 1)) for figures in groups]
+        )
+    )
+    return MAD_TO_SD * float(np.median(deviations)) or 1.2533 * float(np.mean(deviations))
+
+
+def _winsorised_mean(figures: np.ndarray, sigma: float) -> float:
+    import numpy as np
+
+    middle = float(np.median(figures))
+    return float(np.clip(figures, middle - 3 * sigma, middle + 3 * sigma).mean())
+
+
+def _biweight_variance(values: np.ndarray) -> float:
+    """Return the biweight midvariance (Mosteller and Tukey 1977) with tuning constant 6.
+
+    Values beyond 6 median absolute deviations, such as the site that is looked for, count for nothing.
+    """
+    import numpy as np
+
+    distance = values - np.median(values)
+    mad = float(np.median(np.abs(distance)))
+    if not mad:
+        return 0.0
+    u = distance / (6 * mad)
+    near = np.abs(u) < 1
+    top = float((distance[near] ** 2 * (1 - u[near] ** 2) ** 4).sum())
+    bottom = float(((1 - u[near] ** 2) * (1 - 5 * u[near] ** 2)).sum())
+    return values.size * top / bottom**2 if bottom else 0.0
+
+
 def compare_means(table: str, rows: pl.DataFrame) -> list[Anomaly]:
-    """Compare the patients' means between sites (DQ-AN-01)."""
+    """Compare the patients' means between sites (DQ-AN-01); those of skewed tests on their logarithm."""
+    import math
+
     import polars as pl
 
     patients = rows.group_by("test_code", "site", "patient_id").agg(pl.col("value").mean().alias("figure"))
+    low, middle, high = (pl.col("figure").quantile(share).over("test_code") for share in (0.1, 0.5, 0.9))
+    skewed = (pl.col("figure").min().over("test_code") > 0) & (high - middle > SKEW * (middle - low))
+    patients = patients.with_columns(skewed=skewed)
+    patients = patients.with_columns(
+        figure=pl.when("skewed").then(pl.col("figure").log()).otherwise("figure")  # skewed tests by their logarithm
+    )
+    on_log_scale = set(patients.filter("skewed").get_column("test_code").unique().to_list())
 
     def make(item: dict[str, Any]) -> Anomaly:
+        if item["test"] in on_log_scale:
+            item = {**item, "observed": math.exp(item["observed"]), "expected": math.exp(item["expected"])}
         text = (
             f"{item['test']} at {item['site']} is {item['observed']:.4g} on average, "
             f"{item['expected']:.4g} at the other sites ({item['effect']:+.1f} SD)"

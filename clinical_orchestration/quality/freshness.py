@@ -25,6 +25,14 @@ QUANTILE = 0.95
 OUTAGE = 5.0
 """Gaps of more than this many times the middle one are outages of the past and no part of the rhythm."""
 
+_DAY = 86_400.0
+DAYS_KNOWN = 3
+"""Before so many days nobody knows what a source does at night: until then it may be silent for FIRST_BOUND."""
+
+FIRST_BOUND = 1.25 * _DAY
+OUTAGE_SHARE = 0.4
+"""Largest share of the time that outages can have taken."""
+
 MIN_GAPS = 4
 """With fewer distinct gaps than this there is no rhythm yet."""
 
@@ -96,6 +104,9 @@ def rhythm_of(times: np.ndarray) -> float | None:
         return None
     middle = _weighted_quantile(gaps, 0.5)
     usual = gaps[gaps <= OUTAGE * middle]
+    if usual.sum() < (1 - OUTAGE_SHARE) * gaps.sum():
+        usual = gaps  # what fills so much of the time is no outage but the rhythm after a busier beginning
+        middle = _weighted_quantile(gaps, 0.6)
     # a handful of long gaps is a rhythm only when it was kept a few times
     long = int((usual >= 0.5 * middle).sum())
     return _weighted_quantile(usual, QUANTILE) if long >= MIN_GAPS - 1 else None
@@ -120,7 +131,14 @@ def newest_record(times: pl.DataFrame) -> datetime | None:
     """
     import polars as pl
 
-    last = times.drop_nulls().group_by("patient_id").agg(pl.col("time").max()).get_column("time").sort(descending=True)
+    last = (
+        times.select("patient_id", "time")
+        .drop_nulls()
+        .group_by("patient_id")
+        .agg(pl.col("time").max())
+        .get_column("time")
+        .sort(descending=True)
+    )
     if last.is_empty():
         return None
     found: datetime = last[2 if last.len() >= 10 else 0]
@@ -183,8 +201,9 @@ def _with_borrowed_rhythms(found: list[Freshness], levels: set[str]) -> list[Fre
             continue
         if item.status == "new" and len(rhythms) >= LENDERS:
             rhythm = statistics.median(rhythms)
-            late = item.silence > FACTOR * rhythm
-            item = replace(item, rhythm=rhythm, bound=FACTOR * rhythm, status="stale" if late else "fresh")
+            bound = max(FACTOR * rhythm, FIRST_BOUND)
+            late = item.silence > bound
+            item = replace(item, rhythm=rhythm, bound=bound, status="stale" if late else "fresh")
             if late:
                 stale_above.add(item.source)
         out.append(item)
@@ -213,6 +232,8 @@ def _judge(group: dict[str, Any], level: str, now: datetime) -> Freshness:
     rhythm = rhythm_of(np.asarray(group["times"], dtype=float) / 1e6)
     silence = (now - group["newest"]).total_seconds()
     bound = None if rhythm is None else FACTOR * rhythm
+    if bound is not None and (group["times"][-1] - group["times"][0]) / 1e6 < DAYS_KNOWN * _DAY:
+        bound = max(bound, FIRST_BOUND)
     status: Status = "new"
     if bound is not None:
         status = "fresh" if silence <= bound else "stale" if group["active"] >= ACTIVE_SHARE else "closed"
