@@ -28,7 +28,13 @@ from clinical_orchestration.page.health import (
     instance_heartbeats,
     postgres_heartbeats,
 )
-from clinical_orchestration.page.models import ModelView, RetrainingView, read_models, read_retraining
+from clinical_orchestration.page.models import (
+    ModelView,
+    RetrainingView,
+    read_models,
+    read_retraining,
+    why_unread,
+)
 from clinical_orchestration.page.pipelines import PipelinesView, read_pipelines
 from clinical_orchestration.page.settings import PageSettings
 from clinical_orchestration.page.stack_state import Service, read_stack_state
@@ -142,13 +148,13 @@ def create_app(settings: PageSettings | None = None, ui: DagsterUi | None = None
 
     bounded_retraining = Bounded(retraining, PIPELINES_LIMIT_SECONDS, fresh_seconds=2.0)
 
-    async def models_now() -> tuple[ModelView, ...] | None:
-        """Return the models, or None where MLflow cannot be asked: that is not the same as none."""
+    async def models_now() -> tuple[tuple[ModelView, ...] | None, str]:
+        """Return the models, or None and why they cannot be told: that is not the same as none."""
         try:
-            return await bounded_models()
+            return await bounded_models(), ""
         except Exception as error:
             _logger.warning("the models cannot be read: %s", type(error).__name__)
-            return None
+            return None, why_unread(error)
 
     async def retraining_now() -> dict[str, RetrainingView]:
         """Return the newest retraining decisions; none where they cannot be read, which the pipelines' note says."""
@@ -201,7 +207,7 @@ def create_app(settings: PageSettings | None = None, ui: DagsterUi | None = None
     @app.get("/", response_class=HTMLResponse)
     async def index(request: Request) -> HTMLResponse:
         """Show pipelines, alerts, models, health and services."""
-        health_now, alerts, models, decisions = await asyncio.gather(
+        health_now, alerts, (models, models_note), decisions = await asyncio.gather(
             monitor.check(), alerts_now(), models_now(), retraining_now()
         )
         view: PipelinesView | None = None
@@ -226,6 +232,7 @@ def create_app(settings: PageSettings | None = None, ui: DagsterUi | None = None
             "alerts": alerts,
             "link": browser_link,
             "models": models,
+            "models_note": models_note,
             "retraining": decisions,
             "health": health_now.as_airflow(),
             "levels": levels,

@@ -103,6 +103,17 @@ def read_models(mlflow_url: str) -> tuple[ModelView, ...]:
     return tuple(found)
 
 
+def why_unread(error: Exception) -> str:
+    """Return what to say where the models cannot be read."""
+    import httpx
+
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"MLflow answers with an error ({error.response.status_code})"
+    if isinstance(error, (httpx.TransportError, TimeoutError)):
+        return "MLflow does not answer"
+    return f"The models cannot be read ({type(error).__name__}; the log of this page has more)"
+
+
 def _get(client: Any, path: str, params: Mapping[str, str]) -> dict[str, Any] | None:
     """Return MLflow's answer; None where it says that there is no such thing."""
     answer = client.get(f"/api/2.0/mlflow/{path}", params=params)

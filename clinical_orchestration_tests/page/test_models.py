@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from clinical_orchestration.page.app import create_app
 from clinical_orchestration.page.dagster_ui import DagsterUi
-from clinical_orchestration.page.models import model_view, read_models, read_retraining
+from clinical_orchestration.page.models import model_view, read_models, read_retraining, why_unread
 from clinical_orchestration.page.settings import PageSettings
 
 
@@ -103,6 +103,13 @@ def test_without_mlflow_the_page_says_that_it_does_not_know(tmp_path: Path) -> N
     assert "MLflow does not answer: which version is champion cannot be told now" in text
     with pytest.raises(httpx.HTTPError):
         read_models("http://127.0.0.1:9")
+
+
+def test_only_an_absent_mlflow_is_called_absent(tmp_path: Path, mlflow: str) -> None:
+    assert why_unread(TimeoutError()) == "MLflow does not answer"
+    assert "ValidationError" in why_unread(type("ValidationError", (ValueError,), {})("x"))
+    text = page(tmp_path, f"{mlflow}/no%20json?")
+    assert "does not answer: which version" not in text
 
 
 def test_the_last_decision_is_the_latest_in_time_and_links_show_no_password() -> None:
