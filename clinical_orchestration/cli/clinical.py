@@ -151,6 +151,10 @@ def build_parser() -> argparse.ArgumentParser:
     logs.add_argument("-n", "--lines", type=int, default=100, metavar="N", help="last lines (default 100)")
     kill = add("kill", _spark_kill, "end a job", of_trial=False)
     kill.add_argument("job")
+    stream = add("stream", _spark_stream, "the streaming job: Kafka to silver in micro-batches", of_trial=False)
+    stream.add_argument("action", choices=("start", "status", "stop"))
+    stream.add_argument("--interval", metavar="TIME", help="with start: between micro-batches, such as 30s")
+    stream.add_argument("--once", action="store_true", help="with start: take in what is there, then end")
 
     add = group("data", "the trial's tables")
     add("tables", _data_tables, "rows and versions of every table")
@@ -478,6 +482,32 @@ def _spark_kill(values: argparse.Namespace, display: Display) -> tuple[Result, i
     if not values.json:
         display.write(f"{values.job} was ended" if killed else f"{values.job} had ended already")
     return {"job_id": values.job, "killed": killed}, 0
+
+
+def _spark_stream(values: argparse.Namespace, display: Display) -> tuple[Result, int]:
+    import contextlib
+    import io
+
+    from clinical_orchestration.ingestion import streaming
+    from clinical_orchestration.ingestion.status_file import read_status
+    from clinical_orchestration.settings import ClientSettings
+
+    if values.action == "status":
+        found = read_status(ClientSettings().home, streaming.NAME) or {"state": "not running", "running": False}
+        if not values.json:
+            display.table(["field", "value"], [[name, _cell(_plain(value))] for name, value in found.items()])
+        return dict(found), 0 if found.get("running") else 1
+    options = [*(["--interval", values.interval] if values.interval else []), *(["--once"] if values.once else [])]
+    if options and values.action != "start":
+        raise UserError("the command line is not understood", f"{options[0]} belongs to start", "", 2)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = streaming.main([values.action, *options])
+    if status:
+        raise UserError(f"spark stream {values.action} failed", said.getvalue())
+    if not values.json:
+        display.write(said.getvalue().strip())
+    return {"said": said.getvalue().strip()}, status
 
 
 # --- data and models -------------------------------------------------------------------------------------------------

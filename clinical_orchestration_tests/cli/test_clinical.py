@@ -16,6 +16,7 @@ import pytest
 from clinical_orchestration.cli import clinical
 from clinical_orchestration.cli.main import main
 from clinical_orchestration.features.definitions import feature_names, feature_set_id
+from clinical_orchestration.ingestion import streaming
 from clinical_orchestration.stores import kafka, online
 from clinical_orchestration.stores import spark_jobs as spark
 from clinical_orchestration.stores.kafka import Record
@@ -219,6 +220,18 @@ def test_spark_jobs_from_submission_to_log(run: Run, tmp_path: Path, monkeypatch
     assert (status, "there is no job" in err) == (1, True)
     assert run("spark", "submit", str(script), "--conf", "nonsense")[0] == 2
     assert run("spark", "submit", str(tmp_path / "missing.py"))[0] == 1
+
+
+def test_streaming_job_is_started_shown_and_stopped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, out, _ = run("spark", "stream", "status", "--json")
+    assert (status, json.loads(out)["state"]) == (1, "not running")
+    assert run("spark", "stream", "stop")[1] == "the streaming job does not run\n"
+    asked: list[list[str]] = []
+    monkeypatch.setattr(streaming, "main", lambda arguments: asked.append(arguments) or "--once" in arguments)
+    assert run("spark", "stream", "start", "--interval", "5s")[0] == 0
+    assert run("spark", "stream", "start", "--once")[0] == 1
+    assert asked == [["start", "--interval", "5s"], ["start", "--once"]]
+    assert run("spark", "stream", "stop", "--once")[0] == 2
 
 
 # --- data, dispatch --------------------------------------------------------------------------------------------------
