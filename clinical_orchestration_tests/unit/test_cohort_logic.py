@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -382,3 +384,12 @@ def test_unknown_names_are_answered_with_those_there_are() -> None:
 
 def test_negation_is_kept_in_the_model() -> None:
     assert isinstance(criterion(kind="not", of={"kind": "treated"}), Not)
+
+
+def test_the_example_of_the_docs_is_understood() -> None:
+    import yaml
+
+    text = (Path(__file__).resolve().parents[2] / "docs" / "plugins.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    definition = load_definition(yaml.safe_load(example))
+    assert [name for _, name, _ in definition.criteria()] == ["age", "alt", "pressure", "syncope", "donepezil"]
