@@ -180,7 +180,7 @@ QUALITY_SCORES_COLUMNS: dict[str, str] = {
 CLEANING_LOG_COLUMNS: dict[str, str] = {
     "trial": "string",
     "batch_id": "string",  # null for proposals
-    "event": "string",  # proposed, begun, applied, revert_begun, reverted
+    "event": "string",  # proposed, kept (given up), begun, applied, revert_begun, reverted
     "rule": "string",
     "table": "string",
     "source_position": "string",

@@ -79,11 +79,11 @@ def log_proposals(
     """Record proposals that the log does not have yet.
 
     Returns:
-        How many were recorded, and those proposals that nobody decided on before: neither applied nor reverted.
+        How many were recorded, and those that are open: neither applied nor reverted nor given up before.
     """
     log = _log(tables, trial)
     known = {_key(row) for row in log if row["event"] == "proposed"}
-    decided = {_key(row) for row in log if row["event"] == "begun"}
+    decided = {_key(row) for row in log if row["event"] in ("begun", "kept")}
     fresh = [item for item in proposals if _key_of(item) not in known]
     if fresh:
         rows = [_log_row(trial, None, "proposed", item, now, run_id) for item in fresh]
@@ -107,7 +107,14 @@ def apply_safe(
     safe = [item for item in proposals if item.safe]
     for start in range(0, len(safe), MAX_RECORDS):
         chosen = safe[start : start + MAX_RECORDS]
-        rows = _prepare(tables, profile, chosen, report)
+        rows, kept = _prepare(tables, profile, chosen)
+        if kept:
+            given_up = [
+                {**_log_row(profile.name, None, "kept", item, now, run_id), "reason": why} for item, why in kept
+            ]
+            tables.append(CLEANING_LOG, _table(given_up, CLEANING_LOG_COLUMNS))
+        for _, why in kept:
+            report.kept[why] = report.kept.get(why, 0) + 1
         if not rows:
             continue
         batch = batch_id(profile.name, [item for item, *_ in rows])
@@ -195,19 +202,23 @@ _Prepared = tuple[Proposal, str, list[dict[str, Any]], list[dict[str, Any]]]
 """(proposal, action, rows before, rows after)"""
 
 
-def _prepare(
-    tables: TableStore, profile: TrialProfile, chosen: Sequence[Proposal], report: CleaningReport
-) -> list[_Prepared]:
+_Kept = list[tuple[Proposal, str]]
+"""Proposals that are given up, with why."""
+
+
+def _prepare(tables: TableStore, profile: TrialProfile, chosen: Sequence[Proposal]) -> tuple[list[_Prepared], _Kept]:
     accepts = [item for item in chosen if item.action == "accept"]
     changes = [item for item in chosen if item.action == "change"]
-    return [*_prepare_accepts(tables, profile, accepts, report), *_prepare_changes(tables, profile.name, changes)]
+    accepted, kept = _prepare_accepts(tables, profile, accepts)
+    return [*accepted, *_prepare_changes(tables, profile.name, changes)], kept
 
 
 def _prepare_accepts(
-    tables: TableStore, profile: TrialProfile, chosen: Sequence[Proposal], report: CleaningReport
-) -> list[_Prepared]:
+    tables: TableStore, profile: TrialProfile, chosen: Sequence[Proposal]
+) -> tuple[list[_Prepared], _Kept]:
     """Decode the corrected records; a record that says again what silver holds becomes a duplicate."""
     prepared: list[_Prepared] = []
+    kept: _Kept = []
     for table in sorted({item.table for item in chosen}):
         items = [item for item in chosen if item.table == table]
         positions = [item.source_position for item in items]
@@ -217,11 +228,11 @@ def _prepare_accepts(
         for item in sorted(items, key=lambda item: (len(item.source_position), item.source_position)):
             record = raw.get(item.source_position)
             if record is None or item.source_position not in rejected:
-                _keep(report, "no longer in quarantine")
+                kept.append((item, "no longer in quarantine"))
                 continue
             rows = _decode(table, record, profile)
             if rows is None:
-                _keep(report, "the corrected record is not valid")
+                kept.append((item, "the corrected record is not valid"))
                 continue
             decoded.append((item, rows))
         held = _accepted_keys(tables, table, profile.name, [rows[0]["record_key"] for _, rows in decoded])
@@ -239,12 +250,8 @@ def _prepare_accepts(
                 }  # fmt: skip
                 prepared.append((item, "duplicate", before, [duplicate]))
             else:
-                _keep(report, "another record of the same observation says something else")
-    return prepared
-
-
-def _keep(report: CleaningReport, why: str) -> None:
-    report.kept[why] = report.kept.get(why, 0) + 1
+                kept.append((item, "another record of the same observation says something else"))
+    return prepared, kept
 
 
 def _decode(table: str, record: Mapping[str, Any], profile: TrialProfile) -> list[dict[str, Any]] | None:

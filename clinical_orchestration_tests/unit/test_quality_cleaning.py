@@ -281,7 +281,7 @@ def test_the_log_says_of_each_record_what_why_and_by_which_rule(store: TableStor
     assert log.filter(pl.col("event") == "applied").height == 10
 
 
-@pytest.mark.parametrize("writes", range(1, 9))
+@pytest.mark.parametrize("writes", range(1, 10))
 def test_a_run_that_is_killed_at_any_write_is_finished_by_the_next(writes: int) -> None:
     whole = filled(InMemoryTableStore())
     before = state(whole)
@@ -290,7 +290,7 @@ def test_a_run_that_is_killed_at_any_write_is_finished_by_the_next(writes: int) 
     try:
         clean(Mortal(store, writes))
     except Killed:
-        assert writes < 7
+        assert writes < 8
     clean(store)
     assert finish_unfinished(store, TRIAL, now=NOW, run_id="r") == []
     assert state(store) == state(whole)
@@ -299,7 +299,7 @@ def test_a_run_that_is_killed_at_any_write_is_finished_by_the_next(writes: int) 
     try:
         revert(Mortal(store, writes), TRIAL, batch, now=NOW, run_id="r")
     except Killed:
-        assert writes < 7
+        assert writes < 8
     revert(store, TRIAL, batch, now=NOW, run_id="r")
     assert state(store) == before
 
