@@ -161,8 +161,14 @@ def test_a_sensor_daemon_that_is_killed_starts_one_run_for_each_event(
     world.write_text("0", encoding="utf-8")
     monkeypatch.setenv(WORLD, str(world))
     count, kills, now = 0, 0, SATURDAY
+    lost = 0
     with workspace(tmp_path / "home", TINY) as context:
+        (entry,) = context.create_request_context().get_code_location_entries().values()
+        assert entry.code_location is not None, entry.load_error
+        (repository,) = entry.code_location.get_repositories().values()
+        (sensor,) = repository.get_sensors()
         for _ in range(16):
+            before = context.instance.get_instigator_state(sensor.get_remote_origin_id(), sensor.selector_id)
             if chance.random() < 0.6:
                 count += chance.randint(1, 5)
                 world.write_text(json.dumps(count), encoding="utf-8")
@@ -171,12 +177,17 @@ def test_a_sensor_daemon_that_is_killed_starts_one_run_for_each_event(
             now += timedelta(seconds=chance.choice([31, 60, 90]))
             crash = {"counting_sensor": chance.choice(SENSOR_POINTS)} if chance.random() < 0.6 else {}
             kills += in_a_process_that_may_die(lambda now=now, crash=crash: sensor_iteration(context, now, crash))  # type: ignore[misc]
+            if before is not None and chance.random() < 0.3:
+                # the run is stored, the cursor is not, and nothing is left of the tick to go on with
+                context.instance.update_instigator_state(before)
+                lost += 1
         for _ in range(4):
             finish_runs(context.instance)
             now += timedelta(seconds=31)
             sensor_iteration(context, now)
         runs = context.instance.get_runs()
     assert kills > 0
+    assert lost > 0
     ranges = sorted(
         tuple(map(int, run.run_config["resources"]["pipeline"]["config"]["conf"]["range"].split("-"))) for run in runs
     )

@@ -104,6 +104,17 @@ def test_after_a_crash_that_lost_the_cursor_the_event_starts_no_second_run(insta
     assert request.run_key != run.tags[RUN_KEY_TAG]
 
 
+def test_a_cursor_that_is_two_events_behind_catches_up_with_both(instance: dg.DagsterInstance) -> None:
+    cursor = begun(instance)
+    first = store(instance, evaluate(instance, cursor, upto(3)))
+    instance.report_run_canceled(first)
+    second = store(instance, evaluate(instance, cursor, upto(5)))
+    instance.report_run_canceled(second)
+    (request,) = evaluate(instance, cursor, upto(7)).run_requests or []
+    assert request.tags[REASON_TAG] == "5 to 7"
+    assert request.run_key not in (first.tags[RUN_KEY_TAG], second.tags[RUN_KEY_TAG])
+
+
 def test_a_run_that_was_stored_and_not_launched_is_asked_for_again(instance: dg.DagsterInstance) -> None:
     cursor = begun(instance)
     run = store(instance, evaluate(instance, cursor, upto(3)), dg.DagsterRunStatus.NOT_STARTED)

@@ -154,11 +154,8 @@ def ask_for_run(
         fresh = Cursor((now or datetime.now(UTC)).isoformat())
         return _quiet(fresh, "first evaluation: from now on")
     name = context.sensor_name
-    runs = context.instance.get_runs(
-        dg.RunsFilter(tags={RUN_KEY_TAG: cursor.run_key(name), SENSOR_NAME_TAG: name}), limit=1
-    )
-    if runs:
-        (run,) = runs
+    # several events may have started runs since the cursor was stored
+    while (run := _stored_run(context.instance, cursor.run_key(name), name)) is not None:
         position = _position(run, cursor)
         if run.status is dg.DagsterRunStatus.NOT_STARTED:
             # the daemon died between storing the run and launching it: Dagster launches it when it is asked for again
@@ -187,6 +184,11 @@ def ask_for_run(
         tags={REASON_TAG: decision.reason[:500], POSITION_TAG: json.dumps(decision.position, sort_keys=True)},
     )
     return dg.SensorResult(run_requests=[request], cursor=cursor.after(decision.position).dumps())
+
+
+def _stored_run(instance: dg.DagsterInstance, run_key: str, sensor: str) -> dg.DagsterRun | None:
+    runs = instance.get_runs(dg.RunsFilter(tags={RUN_KEY_TAG: run_key, SENSOR_NAME_TAG: sensor}), limit=1)
+    return runs[0] if runs else None
 
 
 def describe(error: Exception, services: str) -> str:
