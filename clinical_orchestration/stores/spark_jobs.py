@@ -214,14 +214,17 @@ class ProcessJobs:
         folder: keeps a folder a job: what was asked, the state and the log.
         submit_command: the start of the ``SparkSubmit`` command, such as ``["java", ..., "...SparkSubmit", "--master",
             "spark://host:7077"]``; None runs the script's ``main(spark)`` in a Spark Connect session.
-        environment: added to that of this process.
+        environment: added to that of this process; None takes a variable out.
 
     With a `submit_command` the application is the path of a script (or a jar); without one it is the path of a script
     or the name of a module, with a function ``main(spark)`` or ``main(spark, arguments)``.
     """
 
     def __init__(
-        self, folder: Path, submit_command: Sequence[str] | None = None, environment: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        submit_command: Sequence[str] | None = None,
+        environment: Mapping[str, str | None] | None = None,
     ) -> None:
         self._folder = folder
         self._command = None if submit_command is None else list(submit_command)
@@ -262,13 +265,14 @@ class ProcessJobs:
                 "submitted_at": datetime.now(UTC).isoformat(),
             },
         )
+        environment: dict[str, str | None] = {**os.environ, **self._environment}
         with (place / LOG_FILE).open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", RUNNER, str(place)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self._environment},
+                env={name: value for name, value in environment.items() if value is not None},
                 start_new_session=True,  # it outlives this process, and can be ended as a group
             )
         _write(place / "process.json", {"pid": process.pid, "created": _created(process.pid)})
@@ -713,8 +717,8 @@ def spark_jobs(
     folder = settings.home.expanduser().absolute() / "data" / "spark-jobs"
     if not master or master.startswith("sc://"):
         return ProcessJobs(folder, environment={"SPARK_REMOTE": master or settings.spark_remote})
-    environment = {
-        "SPARK_REMOTE": "",  # else pyspark in the driver would connect to it instead of the master
+    environment: dict[str, str | None] = {
+        "SPARK_REMOTE": None,  # SparkSubmit refuses it beside a master, even when it is empty
         "PYSPARK_PYTHON": os.environ.get("PYSPARK_PYTHON") or sys.executable,
         "PYSPARK_DRIVER_PYTHON": os.environ.get("PYSPARK_DRIVER_PYTHON") or sys.executable,
     }

@@ -243,6 +243,16 @@ def test_what_cannot_be_found_is_refused_at_once(tmp_path: Path) -> None:
     assert ProcessJobs(tmp_path / "none").jobs() == []
 
 
+def test_variables_of_the_environment_can_be_taken_out(
+    tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARK_REMOTE", "sc://elsewhere")
+    code = "import os; print(os.environ.get('SPARK_REMOTE'), os.environ['ADDED'])"
+    jobs = ProcessJobs(tmp_path / "jobs", [sys.executable, "-c", code], {"SPARK_REMOTE": None, "ADDED": "x"})
+    done = wait(jobs, jobs.submit(script).job_id, timeout_seconds=30, poll_seconds=0.05)
+    assert jobs.logs(done.job_id) == ["None x"]
+
+
 def test_job_folders_are_private(tmp_path: Path, script: str) -> None:
     jobs = submitting(tmp_path / "jobs", "")
     job = jobs.submit(script).job_id
@@ -265,7 +275,7 @@ def test_the_deployment_decides_the_way(tmp_path: Path, monkeypatch: pytest.Monk
     assert local._command is not None
     assert local._command[0] == "/opt/java"
     assert local._command[-2:] == ["--master", "local[2]"]
-    assert local._environment["SPARK_REMOTE"] == ""
+    assert local._environment["SPARK_REMOTE"] is None
     monkeypatch.setenv("SPARK_REST_URL", "http://master:6066")
     cluster = spark_jobs(settings, master_url="")
     assert isinstance(cluster, StandaloneJobs)
