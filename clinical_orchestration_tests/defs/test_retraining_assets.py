@@ -68,6 +68,7 @@ def test_a_whole_story(world: World) -> None:
     assert one is not None
     assert one.promoted_at is not None
     assert one.tags["promotion"] == "champion"
+    assert one.tags["stage"] == "production"
     assert one.tags["training_rows"] == "480"
     assert world.registry.by_alias(name, "previous_champion") is None
 
@@ -100,6 +101,7 @@ def test_a_whole_story(world: World) -> None:
     assert previous is not None
     assert (two.version, previous.version) == ("2", one.version)
     assert previous.tags["promotion"] == "replaced"
+    assert previous.tags["stage"] == "archived"
     assert not any("SECRET" in str(alert) for alert in world.alerts.sent)
     assert [alert.details["outcome"] for alert in world.alerts.sent] == ["promoted", "promoted"]
 
@@ -115,6 +117,7 @@ def test_a_whole_story(world: World) -> None:
     assert restored.version == one.version
     assert bad.rolled_back
     assert bad.tags["promotion"] == "rolled back"
+    assert bad.tags["stage"] == "archived"
     assert "error_rate: 0.9500" in bad.tags["rollback_reason"]
     assert world.registry.by_alias(name, "previous_champion") is None
     assert world.alerts.sent[-1].key == "champion_rolled_back:small"

@@ -111,6 +111,21 @@ def test_a_request_to_tables_is_tried_as_often_as_the_variable_says(monkeypatch:
         made(TablesResource(root="s3://bucket")).version("t")
 
 
+@pytest.mark.integration
+def test_clinical_data_bucket_is_made_where_it_is_absent(
+    s3_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_env.items():
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CLINICAL_VAR_CLINICAL_DATA_BUCKET", "bucket-of-a-variable")
+
+    tables = made(TablesResource())
+
+    assert tables.uri("t") == "s3://bucket-of-a-variable/t"
+    assert tables.ensure("silver/lab_results") == 0
+
+
 def test_retry_variables_reach_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     import redis
 
