@@ -160,10 +160,10 @@ def model_view(
     decision = None
     if decided is not None:
         own = tags[decided]
-        decision = DecisionView(
-            decided, _OUTCOMES.get(own["decision"], own["decision"]), own.get("decision_reasons", ""),
-            f"{base}/{decided}",
-        )  # fmt: skip
+        outcome = _OUTCOMES.get(own["decision"], own["decision"])
+        if own.get("rolled_back_at"):
+            outcome += ", later rolled back"
+        decision = DecisionView(decided, outcome, own.get("decision_reasons", ""), f"{base}/{decided}")
     back = [
         RollbackView(version, _moment(own["rolled_back_at"]), own.get("rollback_reason", ""), f"{base}/{version}")
         for version, own in tags.items()

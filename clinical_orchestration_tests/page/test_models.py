@@ -121,6 +121,9 @@ def test_the_last_decision_is_the_latest_in_time_and_links_show_no_password() ->
     assert view.champion.link == "http://mlflow:5000/#/models/m/versions/1"
     assert view.champion.since == datetime(2026, 2, 2, 10, tzinfo=UTC)
     assert [item.version for item in view.rollbacks] == ["2"]
+    promoted = model_view("t", "T", "m", ALIASES, VERSIONS[1:], "http://mlflow:5000").decision
+    assert promoted is not None
+    assert promoted.outcome == "promoted, later rolled back"
     empty = model_view("t", "T", "m", {}, [], "http://mlflow:5000")
     assert (empty.champion, empty.challenger, empty.decision, empty.rollbacks) == (None, None, None, ())
     odd = model_view("t", "T", "m", {"champion": "9"}, [version(1, rolled_back_at="yesterday")], "http://mlflow:5000")
