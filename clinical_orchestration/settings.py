@@ -247,7 +247,9 @@ class Variables(BaseSettings):
     data_cleaning_enabled: bool = Field(
         False, description="Whether data_quality_monitoring applies its safe corrections; proposals are always made"
     )
-    model_performance_threshold: float = Field(0.85, ge=0, le=1, description="Lowest share of its AUROC at training that a model in use may have")
+    model_performance_threshold: float = Field(
+        0.85, ge=0, le=1, description="Lowest share of its AUROC at training that a model in use may have"
+    )
     alert_email_recipients: str = Field("", description="Addresses that get alerts, separated by commas; empty: none")
     slack_webhook_url: SecretStr = Field(SecretStr(""), description="Slack webhook that gets alerts; empty: none")
     max_retry_attempts: int = Field(
