@@ -13,11 +13,13 @@ from __future__ import annotations
 import base64
 import json
 import secrets
+import ssl
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -67,6 +69,7 @@ class QueueManager:
     password: str = "pass-word-1"
     fault: Callable[[Seen], None] | None = None
     running: bool = True
+    certificate: Path | None = None  # PEM with key: https
     queues: dict[str, list[Message]] = field(default_factory=lambda: {"LAB.RESULTS": [], "LAB.RESULTS.BACKOUT": []})
     inhibited: set[tuple[str, str]] = field(default_factory=set)  # (queue, "GET" or "PUT")
     log: list[Seen] = field(default_factory=list)
@@ -97,9 +100,13 @@ class QueueManager:
         class Handler(_Handler):
             qmgr = manager
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.server = _Server(("127.0.0.1", 0), Handler)
+        if self.certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        scheme = "http" if self.certificate is None else "https"
+        self.url = f"{scheme}://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -115,6 +122,13 @@ class QueueManager:
             self.log.append(seen)
         if self.fault is not None:
             self.fault(seen)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Say nothing of clients that are killed in a request."""
 
 
 class _Handler(BaseHTTPRequestHandler):

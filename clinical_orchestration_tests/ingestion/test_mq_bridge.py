@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -446,6 +448,34 @@ def test_settings_refuse_credentials_in_the_address_and_without_tls(qmgr: QueueM
     (tmp_path / "password").write_text(f"{qmgr.password}\n")
     queue = client(qmgr, password="", password_file=tmp_path / "password")
     assert queue.listing(QUEUE, limit=1) == []
+
+
+def test_tls_wants_the_right_certificate(tmp_path: Path) -> None:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "mqweb")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    public = certificate.public_bytes(serialization.Encoding.PEM)
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (tmp_path / "server.pem").write_bytes(private + public)
+    (tmp_path / "ca.pem").write_bytes(public)
+    with QueueManager(certificate=tmp_path / "server.pem") as manager:
+        assert client(manager, ca_file=tmp_path / "ca.pem").listing(QUEUE, limit=1) == []
+        with pytest.raises(MqUnavailableError, match="no answer"):
+            client(manager).listing(QUEUE, limit=1)
 
 
 # --- how it lives ----------------------------------------------------------------------------------------------------
