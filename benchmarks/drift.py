@@ -46,7 +46,8 @@ def population(trial: str, file: Path | None) -> Population:
     days = rows.select((pl.col("feature_time") - first).dt.total_seconds() / 86_400).to_series().to_numpy()
     subjects = np.unique(rows["patient_id"].to_numpy(), return_inverse=True)[1].reshape(-1)
     values = rows.select(pl.col(name).cast(pl.Float64) for name in names).to_numpy()
-    return Population(trial, names, np.asarray(values, dtype=np.float64), subjects, days)
+    hours = rows["feature_time"].dt.hour().cast(pl.Float64).to_numpy()
+    return Population(trial, names, np.asarray(values, dtype=np.float64), subjects, days, hours)
 
 
 def share_of(trials: int, alarm: Callable[[np.random.Generator, int], bool], first: int = 0) -> tuple[float, float]:

@@ -74,22 +74,29 @@ class FeatureDistribution:
 
 
 def check_distribution(
-    reference: Sample, current: Sample, profile: TrialProfile, feature_count_threshold: int
+    reference: Sample, current: Sample, profile: TrialProfile, feature_count_threshold: int, *, seed: int = 0
 ) -> FeatureDistribution:
     """Check every current row's features.
+
+    Ranges come from all reference rows; gaps and constants are compared with those at the same time in the trial, one a
+    subject, because some features have no value or only one value in a part of the trial.
 
     Args:
         reference: rows the model was trained on; its features are those that must be there.
         current: current rows with every feature of the trial.
         profile: says which values of the vital signs are plausible.
         feature_count_threshold: so many features a row must have at least (variable ``feature_count_threshold``).
+        seed: which row of each subject is compared.
     """
-    now, then = current.select(reference.names).values, reference.values
+    from clinical_orchestration.monitoring.drift import one_row_a_subject
+
+    now, whole = current.select(reference.names).values, reference.values
+    then = whole[one_row_a_subject(reference, np.random.default_rng(seed), current)]
     gone: NDArray[np.bool_] = np.zeros(then.shape[1], dtype=bool)
     if current.rows:
         gone = np.asarray(~np.isfinite(now).any(axis=0) & np.isfinite(then).any(axis=0))
     found = [
-        _check(name, then[:, number], now[:, number], plausible_range(name, profile))
+        _check(name, then[:, number], now[:, number], plausible_range(name, profile) or _range(whole[:, number]))
         for number, name in enumerate(reference.names)
         if not gone[number]
     ]
@@ -109,11 +116,11 @@ def plausible_range(feature: str, profile: TrialProfile) -> tuple[float, float] 
     return None
 
 
-def _check(name: str, then: Floats, now: Floats, plausible: tuple[float, float] | None) -> FeatureCheck:
+def _check(name: str, then: Floats, now: Floats, bounds: tuple[float | None, float | None]) -> FeatureCheck:
     before, values = then[np.isfinite(then)], now[np.isfinite(now)]
     missing = 1 - len(values) / len(now) if len(now) else 0.0
     missing_before = 1 - len(before) / len(then) if len(then) else 0.0
-    low, high = plausible or _range(before)
+    low, high = bounds
     outside = 0.0
     if len(values) and low is not None and high is not None:
         outside = float(((values < low) | (values > high)).mean())
@@ -129,7 +136,8 @@ def _check(name: str, then: Floats, now: Floats, plausible: tuple[float, float] 
     return FeatureCheck(name, low, high, outside, missing, missing_before, constant, tuple(problems))
 
 
-def _range(values: Floats) -> tuple[float | None, float | None]:
+def _range(column: Floats) -> tuple[float | None, float | None]:
+    values = column[np.isfinite(column)]
     if not len(values):
         return None, None
     first, third = np.quantile(values, [0.25, 0.75])

@@ -14,7 +14,7 @@ finite samples: Stephens (1970), J. R. Stat. Soc. B 32(1).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,9 +29,11 @@ MAX_CATEGORIES = 12
 """Features with up to so many values in the reference are compared value by value, others by tenths."""
 MIN_SUBJECTS = 30
 MAX_SUBJECTS = 5000
-AGEING_BOUND = 0.1
-EXTRAPOLATED_SHARE = 0.05
+LAG_BOUND = 0.2
+"""Sides whose mean days in the trial differ by no more standard deviations than this are of the same time."""
+AGEING_BOUND = 0.05
 _MIN_EXPECTED = 5.0
+_FAR = 1e6
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,22 @@ class Sample:
         values: rows x features, NaN where missing.
         subjects: number of each row's subject; any integers, equal for rows of one subject.
         days: each row's days since its subject's start in the trial, NaN where unknown; None where unknown for all.
+        hours: each row's time of day in hours (UTC), NaN where unknown; None where unknown for all.
     """
 
     names: tuple[str, ...]
     values: Floats = field(repr=False)
     subjects: Integers = field(repr=False)
     days: Floats | None = field(default=None, repr=False)
+    hours: Floats | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.values.shape != (len(self.subjects), len(self.names)):
             raise ValueError(f"{self.values.shape} values for {len(self.subjects)} rows of {len(self.names)} features")
-        if self.days is not None and len(self.days) != len(self.subjects):
-            raise ValueError(f"{len(self.days)} days for {len(self.subjects)} rows")
+        for name in ("days", "hours"):
+            times = getattr(self, name)
+            if times is not None and len(times) != len(self.subjects):
+                raise ValueError(f"{len(times)} {name} for {len(self.subjects)} rows")
 
     @property
     def rows(self) -> int:
@@ -73,12 +79,12 @@ class Sample:
         for number, name in enumerate(names):
             if name in place:
                 values[:, number] = self.values[:, place[name]]
-        return Sample(tuple(names), values, self.subjects, self.days)
+        return replace(self, names=tuple(names), values=values)
 
     def take(self, rows: Integers) -> Sample:
         """Return the sample of these row numbers."""
-        days = None if self.days is None else self.days[rows]
-        return Sample(self.names, self.values[rows], self.subjects[rows], days)
+        days, hours = (None if times is None else times[rows] for times in (self.days, self.hours))
+        return Sample(self.names, self.values[rows], self.subjects[rows], days, hours)
 
 
 @dataclass(frozen=True)
@@ -94,8 +100,8 @@ class FeatureDrift:
         jensen_shannon: divergence over the same classes, in bits: 0 the same, 1 nothing in common.
         missing_reference, missing_current: shares of missing values.
         mean_reference, mean_current: of the values that are there, None without any.
-        ageing: the feature moves with time in the trial, and the current rows lie beyond the reference's: it is
-            reported, but raises nothing.
+        ageing: the feature moves with time in the trial, and the current rows are later in it than the reference's:
+            it is reported, but raises nothing.
         drifted: significant, and large.
     """
 
@@ -189,28 +195,27 @@ def benjamini_yekutieli(p_values: ArrayLike) -> Floats:
     return adjusted
 
 
-def one_row_a_subject(sample: Sample, rng: np.random.Generator, like: Floats | None = None) -> Integers:
+def one_row_a_subject(sample: Sample, rng: np.random.Generator, like: Sample | None = None) -> Integers:
     """Return a row number for each subject, for at most :data:`MAX_SUBJECTS` of them.
 
     Args:
         sample: the rows.
         rng: decides.
-        like: days in the trial to resemble: each subject gives the row nearest to one of these days, drawn at random.
-            A cohort that is later in its trial than the reference was is then not taken for another population.
-            None: any row.
+        like: rows to resemble in time: each subject gives its row nearest, in days in the trial and in the time of day,
+            to one of these rows drawn at random. A cohort that is later in its trial than the reference was, or seen
+            at another hour, is then not taken for another population. None: any row.
     """
     subjects, codes = np.unique(sample.subjects, return_inverse=True)
-    distance = rng.random(sample.rows)
-    if like is not None and sample.days is not None:
-        wanted = like[np.isfinite(like)]
-        if len(wanted):
-            target = rng.choice(wanted, size=len(subjects))[codes]
-            gap = np.abs(sample.days - target)
-            # ties, and rows whose day is not known, stay random
-            distance = np.where(np.isfinite(gap), gap, np.inf)
-            order = np.lexsort((rng.random(sample.rows), distance, codes))
-            return _thinned(order[_firsts(codes[order])], rng)
-    order = np.lexsort((distance, codes))
+    distance = np.zeros(sample.rows)
+    if like is not None and like.rows and sample.rows:
+        target = rng.integers(like.rows, size=len(subjects))[codes]
+        if sample.days is not None and like.days is not None:
+            distance += np.nan_to_num(np.abs(sample.days - like.days[target]), nan=_FAR)
+        if sample.hours is not None and like.hours is not None:
+            gap = np.abs(sample.hours - like.hours[target])
+            # an hour apart counts as a day apart: many measurements follow the clock
+            distance += np.nan_to_num(np.minimum(gap, 24 - gap), nan=12.0)
+    order = np.lexsort((rng.random(sample.rows), distance, codes))
     return _thinned(order[_firsts(codes[order])], rng)
 
 
@@ -235,11 +240,10 @@ def compare(
         bound: population stability index above which a significant difference is drift.
     """
     rng = np.random.default_rng(seed)
-    ageing = _ageing(reference, current, rng)
     now = current.select(reference.names)
     now = now.take(one_row_a_subject(now, rng))
-    then = reference.take(one_row_a_subject(reference, rng, now.days))
-    return _compared(then, now, ageing, alpha, bound)
+    then = reference.take(one_row_a_subject(reference, rng, now))
+    return _compared(then, now, _ageing(reference, then, now, rng), alpha, bound)
 
 
 def _compared(then: Sample, now: Sample, ageing: NDArray[np.bool_], alpha: float, bound: float) -> DataDrift:
@@ -412,27 +416,34 @@ def _means(values: Floats) -> list[float | None]:
     return [float(s / k) if k else None for s, k in zip(total, count, strict=True)]
 
 
-def _ageing(reference: Sample, current: Sample, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Return which features move with time in the trial, where the current rows lie beyond the reference's times.
+def _ageing(reference: Sample, then: Sample, now: Sample, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Return which features move with time in the trial, by as much as the two sides differ in that.
 
-    Days in the trial, cumulative counts and the like differ between any earlier and any later part of a trial. A
-    feature that already differs (PSI above 0.1, less what chance gives) between the earlier and the later rows of the
-    reference itself is such a one. Where the times overlap nothing is left out: rows are matched by time then.
+    Days in the trial, cumulative counts and the like differ between any earlier and any later part of a trial. Where no
+    reference rows are as late as the current ones, a feature that differs (PSI above 0.05, more than chance gives)
+    between the reference rows compared and those as much earlier in the reference itself is such a one. Where matching
+    found rows of about the same time, nothing is left out.
+
+    Args:
+        reference: all of its rows.
+        then: those compared, one a subject.
+        now: the current rows compared.
+        rng: decides which earlier rows are looked at.
     """
     none = np.zeros(len(reference.names), dtype=bool)
-    if reference.days is None or current.days is None or not reference.rows or not current.rows:
+    if reference.days is None or then.days is None or now.days is None:
         return none
-    known, days = reference.days[np.isfinite(reference.days)], current.days[np.isfinite(current.days)]
-    if not len(known) or not len(days) or (days > known.max()).mean() <= EXTRAPOLATED_SHARE:
+    known = np.isfinite(now.days), np.isfinite(then.days)
+    if not known[0].any() or not known[1].any():
         return none
-    middle = np.median(known)
-    early, late = (reference.take(np.flatnonzero(part)) for part in (reference.days <= middle, reference.days > middle))
-    if min(early.rows, late.rows) == 0:
+    mine, theirs = now.days[known[0]], then.days[known[1]]
+    lag = float(mine.mean() - theirs.mean())
+    if abs(lag) <= LAG_BOUND * float(np.sqrt((mine.var() + theirs.var()) / 2)):
         return none
-    first, second = (part.take(one_row_a_subject(part, rng)).values for part in (early, late))
-    edges, _ = class_edges(first)
-    counts = class_counts(first, edges), class_counts(second, edges)
+    earlier = reference.take(one_row_a_subject(reference, rng, replace(then, days=then.days - lag)))
+    edges, _ = class_edges(earlier.values)
+    counts = class_counts(earlier.values, edges), class_counts(then.values, edges)
     psi, _ = _distances(*counts)
     classes = ((counts[0] + counts[1]) > 0).sum(axis=1)
-    chance = (classes - 1) * (1 / len(first) + 1 / len(second))
+    chance = (classes - 1) * (1 / earlier.rows + 1 / then.rows)
     return np.asarray(psi - chance > AGEING_BOUND)

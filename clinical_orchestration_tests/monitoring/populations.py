@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,12 @@ class Population:
     values: Floats
     subjects: Integers
     days: Floats | None = None
+    hours: Floats | None = None
+
+    @property
+    def whole(self) -> Sample:
+        """Every row."""
+        return Sample(self.names, self.values, self.subjects, self.days, self.hours)
 
     def draw(self, rng: np.random.Generator, subjects: int) -> Sample:
         """Draw subjects with replacement, each with all of its rows; a subject drawn twice counts as two."""
@@ -29,14 +35,19 @@ class Population:
         picked = rng.integers(len(groups), size=subjects)
         rows = np.concatenate([groups[number] for number in picked])
         numbers = np.repeat(np.arange(subjects), [len(groups[number]) for number in picked])
-        return Sample(self.names, self.values[rows], numbers, None if self.days is None else self.days[rows])
+        return replace(self.whole.take(rows), subjects=numbers)
 
     def halves(self, rng: np.random.Generator) -> tuple[Sample, Sample]:
         """Split the subjects at random into two halves, without replacement."""
         own = np.unique(self.subjects)
         first = np.isin(self.subjects, rng.permutation(own)[: len(own) // 2])
-        whole = Sample(self.names, self.values, self.subjects, self.days)
-        return whole.take(np.flatnonzero(first)), whole.take(np.flatnonzero(~first))
+        return self.whole.take(np.flatnonzero(first)), self.whole.take(np.flatnonzero(~first))
+
+    def parts(self, day: float, gap: float, length: float) -> tuple[Sample, Sample]:
+        """Return the rows up to a day in the trial, and those of some `length` of days after a `gap`."""
+        days = np.zeros(len(self.subjects)) if self.days is None else self.days
+        later = (days > day + gap) & (days <= day + gap + length)
+        return self.whole.take(np.flatnonzero(days <= day)), self.whole.take(np.flatnonzero(later))
 
     def standard_deviation(self, vital: str) -> float:
         """Return that of the vital sign's latest value."""
@@ -50,4 +61,4 @@ def shifted(sample: Sample, vital: str, amount: float) -> Sample:
         rest = name.removeprefix(f"{vital}_")
         if rest != name and rest.split("_")[0] in LEVELS:
             values[:, number] += amount
-    return Sample(sample.names, values, sample.subjects, sample.days)
+    return replace(sample, values=values)

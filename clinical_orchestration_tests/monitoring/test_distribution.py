@@ -68,6 +68,17 @@ def test_a_column_that_is_gone_is_absent() -> None:
     assert check_distribution(rows(), rows(1).select(NAMES[:3]), PILOT, 1).absent == ("count",)
 
 
+def test_features_that_a_part_of_the_trial_does_not_have_are_no_problem() -> None:
+    """The first rows have a value that no later row has: neither absent nor constant later on."""
+    rng = np.random.default_rng(0)
+    numbers, days = np.repeat(np.arange(50), 10), np.tile(np.arange(10.0), 50)
+    first = np.where(days < 3, rng.random(500), np.nan)
+    until = np.where(days < 3, rng.integers(0, 2, 500), 2.0)
+    reference = Sample(("first", "until"), np.column_stack([first, until]), numbers, days)
+    late = reference.take(np.flatnonzero(days > 7))
+    assert check_distribution(reference, replace(late, days=late.days + 10), PILOT, 1).passed
+
+
 def test_no_rows_break_nothing() -> None:
     nobody = Sample(NAMES, np.empty((0, 4)), np.empty(0, dtype=np.int64))
     assert not check_distribution(rows(), nobody, PILOT, 4).enough_features

@@ -106,7 +106,8 @@ def test_each_subject_gives_one_of_its_rows(seed: int, subjects: int, visits: in
     numbers = rng.permutation(np.repeat(np.arange(subjects), visits))
     days = rng.uniform(0, 50, len(numbers))
     rows = sample(rng.normal(size=(len(numbers), 2)), numbers, days)
-    for like in (None, np.array([3.0, np.nan, 40.0])):
+    some = sample(np.zeros((3, 2)), days=np.array([3.0, np.nan, 40.0]))
+    for like in (None, some, sample(np.empty((0, 2)))):
         picked = one_row_a_subject(rows, np.random.default_rng(seed), like)
         assert sorted(numbers[picked]) == list(range(subjects))
 
@@ -114,8 +115,25 @@ def test_each_subject_gives_one_of_its_rows(seed: int, subjects: int, visits: in
 def test_rows_are_matched_by_time_in_the_trial() -> None:
     numbers, days = np.repeat(np.arange(50), 20), np.tile(np.arange(20.0), 50)
     rows = sample(days[:, None].copy(), numbers, days)
-    late = one_row_a_subject(rows, np.random.default_rng(1), np.array([17.0, 18.0]))
-    assert set(days[late]) == {17.0, 18.0}
+    like = sample(np.zeros((2, 1)), days=np.array([17.0, 18.0]))
+    assert set(days[one_row_a_subject(rows, np.random.default_rng(1), like)]) == {17.0, 18.0}
+
+
+def test_rows_are_matched_by_the_time_of_day_also_beyond_the_reference() -> None:
+    """What follows the clock is compared at the same hour, though the reference ends before the current rows."""
+    numbers, days = np.repeat(np.arange(200), 20), np.tile(np.arange(20.0) / 4, 200)
+    hours = (days * 24) % 24
+
+    def side(first_day: float) -> Sample:
+        noise = np.random.default_rng(int(first_day)).normal(size=len(numbers))
+        return Sample(
+            ("daily",), (3 * np.sin(hours / 24 * 2 * np.pi) + noise)[:, None], numbers, days + first_day, hours
+        )
+
+    assert not compare(side(0), side(10)).has_drifted
+    picked = one_row_a_subject(side(0), np.random.default_rng(1), side(10))
+    assert days[picked].min() >= 3.75  # the last day of the reference
+    assert set(hours[picked]) == {0.0, 6.0, 12.0, 18.0}
 
 
 def test_the_same_input_and_seed_give_the_same_result() -> None:

@@ -519,7 +519,7 @@ def validate_feature_distribution(
         distribution: FeatureDistribution | None = None
     else:
         threshold = pipeline.variables().feature_count_threshold
-        distribution = check_distribution(populations.reference, populations.features, profile, threshold)
+        distribution = check_distribution(populations.reference, populations.features, profile, threshold, seed=SEED)
         found = result(distribution)
     context.log.info("Feature distribution: %s.", found["status"])
     passed = distribution is None or not distribution.failing
@@ -683,24 +683,28 @@ _STATUSES = {
 
 def _evidently(context: dg.AssetExecutionContext, populations: "Populations", order: Sequence[str]) -> bytes | None:
     """Return Evidently's report; None, and a line in the log, where it cannot be made: the run needs it not."""
+    from clinical_orchestration.monitoring.drift import PSI_BOUND
     from clinical_orchestration.monitoring.report import evidently_report
 
     reference, current = populations.reference, populations.features
     if reference is None or current is None or not order:
         return None
     try:
-        return evidently_report(_one_each(reference), _one_each(current), order, bound=0.2, seed=SEED).encode()
+        return evidently_report(*_one_each(reference, current), order, bound=PSI_BOUND, seed=SEED).encode()
     except Exception as error:
         context.log.warning("Evidently made no report: %s", type(error).__name__, exc_info=True)
         return None
 
 
-def _one_each(sample: "Sample") -> "Sample":
+def _one_each(reference: "Sample", current: "Sample") -> "tuple[Sample, Sample]":
+    """Return one row a subject of both, as drift detection compares them."""
     import numpy as np
 
     from clinical_orchestration.monitoring.drift import one_row_a_subject
 
-    return sample.take(one_row_a_subject(sample, np.random.default_rng(SEED)))
+    rng = np.random.default_rng(SEED)
+    now = current.take(one_row_a_subject(current, rng))
+    return reference.take(one_row_a_subject(reference, rng, now)), now
 
 
 def _of_run(tables: TableStore, name: str, context: dg.AssetExecutionContext, profile: TrialProfile) -> "pl.DataFrame":

@@ -288,11 +288,14 @@ def _sample(rows: "pl.DataFrame", names: Sequence[str]) -> "Sample":
     values = rows.select(pl.col(name).cast(pl.Float64) for name in names).to_numpy()
     subjects = np.unique(rows["patient_id"].to_numpy(), return_inverse=True)[1].reshape(-1)
     days = rows.select((pl.col("feature_time") - pl.col("start")).dt.total_seconds() / 86_400).to_series()
+    time = pl.col("feature_time").dt
+    hours = rows.select((time.hour().cast(pl.Float64) + time.minute() / 60).fill_null(float("nan"))).to_series()
     return Sample(
         tuple(names),
         np.asarray(values, dtype=np.float64),
         subjects.astype(np.int64),
         days.cast(pl.Float64).fill_null(float("nan")).to_numpy(),
+        hours.to_numpy(),
     )
 
 
