@@ -47,6 +47,8 @@ class PipelineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         description="Free-form; `force_training: true` trains even when nothing changed, "
         "`keep_model: true` brings data and features up to date and trains nothing, "
         "`full_features: true` computes all features again, "
+        "`force: true` retrains whatever the conditions say, `reason` says why a retraining is asked for, "
+        "`hpo_trials` is its number of trials in the search for hyper-parameters, "
         "`apply_cleaning: true` applies the safe corrections of data_quality_monitoring and `revert: <batch id>` takes "
         "a batch of them back, "
         "`accept_loss: true` goes on behind Kafka messages that retention removed before they were ingested, "
