@@ -8,7 +8,7 @@ A record that is cleaned out of quarantine is, at the end, in silver (or in ``qu
 holds the same observation) and no longer in quarantine: the accounts stay balanced.
 
 The tables are written by delta-rs. On S3 no Spark job may write them at the same time (see :mod:`..stores.spark`):
-callers make sure that no run of the data pipeline is under way.
+callers hold the lock :data:`clinical_orchestration.stores.locks.REFINE`.
 """
 
 from __future__ import annotations

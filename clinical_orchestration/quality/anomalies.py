@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     import numpy as np
     import polars as pl
 
-FALSE_DISCOVERY_RATE = 0.01
+FALSE_DISCOVERY_RATE = 0.005
 MAD_TO_SD = 1.4826
 """Standard deviation of a normal distribution by its median absolute deviation."""
 
 MIN_PATIENTS = 3
 MIN_SITES = 4
-MIN_READINGS = 5
+MIN_READINGS = 8
 """Readings of a test that a patient needs before their spread says something."""
 
 MIN_RUN = 10

@@ -13,10 +13,11 @@ import pytest
 
 from clinical_orchestration.contract import DATA_QUALITY_MONITORING, POOLS
 from clinical_orchestration.defs.common import asset_key
-from clinical_orchestration.defs.data_quality import ASSETS
+from clinical_orchestration.defs.data_quality import ASSETS, cleaning
 from clinical_orchestration.defs.data_quality.keys import ANOMALIES, CLEANING, FRESHNESS, REPORT, SCHEMA
 from clinical_orchestration.ingestion.accounting import account_for
 from clinical_orchestration.resources import PipelineResource
+from clinical_orchestration.stores.locks import REFINE, exclusive
 from clinical_orchestration.tables import CLEANING_LOG, QUALITY_SCORES, QUARANTINE, silver
 from clinical_orchestration.trials import load_trial
 from clinical_orchestration.trials.profile import Incident, SimulationSettings
@@ -220,19 +221,16 @@ def test_an_unknown_batch_says_which_there_are(clean: World) -> None:
         clean.run(revert="0123456789ab")
 
 
-def test_nothing_is_applied_while_the_data_pipeline_runs() -> None:
+def test_nothing_is_applied_while_others_write_the_same_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cleaning, "LOCK_WAIT", 0.0)
     made = world(FAHRENHEIT)
-    made.instance.create_run_for_job(_pipeline_job(), status=dg.DagsterRunStatus.STARTED)
-    result = made.run(apply_cleaning=True)[CLEANING]
-    assert result["applied"] == {}
-    assert result["safe"] > 0
-
-
-def _pipeline_job() -> dg.JobDefinition:
-    @dg.job(name="clinical_data_pipeline")
-    def job() -> None: ...
-
-    return job
+    with exclusive(REFINE, made.tables.uri(QUARANTINE), wait=5):
+        result = made.run(apply_cleaning=True)[CLEANING]
+        assert result["applied"] == {}
+        assert result["safe"] > 0
+        with pytest.raises(dg.Failure, match="not reverted"):
+            made.run(revert="0123456789ab")
+    assert made.run(apply_cleaning=True)[CLEANING]["applied"]
 
 
 def test_an_empty_trial_is_no_failure() -> None:

@@ -131,7 +131,7 @@ def test_each_check_finds_its_defect_and_only_the_site_that_has_it(
 def test_alike_sites_are_quiet() -> None:
     seeds = range(40)
     alarms = [seed for seed in seeds if found(readings(seed))]
-    assert len(alarms) <= 1  # 1 % false discoveries, and differences too small to matter do not count
+    assert len(alarms) <= 1  # and differences too small to matter do not count
 
 
 @pytest.mark.parametrize("seed", [11, 12, 13])

@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from clinical_orchestration.contract import CLINICAL_DATA_PIPELINE
 from clinical_orchestration.defs.common import RETRY, asset_key, markdown_table, spec
 from clinical_orchestration.defs.data_quality.frames import MEASURED, TrialFrames
 from clinical_orchestration.defs.data_quality.keys import CLEANING, GROUP, REPORT
@@ -17,6 +17,7 @@ from clinical_orchestration.stores.tables import TableStore
 from clinical_orchestration.tables import QUARANTINE
 
 if TYPE_CHECKING:
+    from clinical_orchestration.quality.accounting import AccountingReport
     from clinical_orchestration.quality.cleaning import Proposal
 
 ACCOUNTED = dg.AssetCheckSpec(
@@ -24,7 +25,8 @@ ACCOUNTED = dg.AssetCheckSpec(
     asset=asset_key(CLEANING),
     description="After cleaning, each bronze source_position is accepted, a duplicate, or quarantined: exactly one.",
 )
-_WRITING = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
+LOCK_WAIT = 300.0
+"""Seconds to wait for whoever refines silver (the data pipeline, the streaming job): it writes the same tables."""
 
 
 @dg.multi_asset(
@@ -57,43 +59,46 @@ def trigger_data_cleaning(
         revert,
     )
     from clinical_orchestration.quality.cleaning import RULES
+    from clinical_orchestration.stores.locks import REFINE, LockedError, exclusive
 
     profile = pipeline.profile()
     now, run_id = datetime.now(UTC), context.run.run_id
     wanted = pipeline.flag("apply_cleaning") or pipeline.variables().data_cleaning_enabled
     batch = pipeline.conf.get("revert")
-    reverted = 0
-    busy = _data_pipeline_runs(context)
-    if batch and busy:
-        raise dg.Failure(
-            f"batch {batch} was not reverted: run {busy} of {CLINICAL_DATA_PIPELINE.name} writes the same tables; "
-            "start this run again when it has ended",
-            allow_retries=False,
-        )
-    if batch:
-        try:
-            reverted = revert(tables, profile.name, str(batch), now=now, run_id=run_id)
-        except UnknownBatchError as error:
-            raise dg.Failure(str(error), allow_retries=False) from error
-    proposals = _proposals(TrialFrames(tables, profile))
-    fresh, still_open = log_proposals(tables, profile.name, proposals, now=now, run_id=run_id)
-    report = CleaningReport()
-    note = ""
-    if wanted and busy:
-        note = f"nothing was applied: run {busy} of {CLINICAL_DATA_PIPELINE.name} writes the same tables; next time"
+    reverted, note, report = 0, "", CleaningReport()
+    frames = TrialFrames(tables, profile)
+    accounts: dict[str, AccountingReport] = {}
+    writing = exclusive(REFINE, tables.uri(QUARANTINE), wait=LOCK_WAIT) if wanted or batch else nullcontext()
+    try:
+        with writing:
+            if batch:
+                reverted = revert(tables, profile.name, str(batch), now=now, run_id=run_id)
+            proposals = _proposals(frames)
+            fresh, still_open = log_proposals(tables, profile.name, proposals, now=now, run_id=run_id)
+            if wanted:
+                report = apply_safe(tables, profile, still_open, now=now, run_id=run_id)
+            if wanted or batch:  # without the lock a record on its way to silver would look lost
+                accounts = account_for(tables)
+    except UnknownBatchError as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+    except LockedError as error:
+        if batch:
+            raise dg.Failure(
+                f"batch {batch} was not reverted, because other work is writing silver ({error}); start this run "
+                "again when that has ended",
+                allow_retries=False,
+            ) from error
+        note = f"nothing was applied, because other work is writing silver ({error}); the next run tries again"
         context.log.warning(note)
-    elif wanted:
-        report = apply_safe(tables, profile, still_open, now=now, run_id=run_id)
-    elif any(item.safe for item in still_open):
+        fresh, still_open = log_proposals(tables, profile.name, _proposals(frames), now=now, run_id=run_id)
+    if not wanted and any(item.safe for item in still_open):
         note = 'safe corrections are not applied: set data_cleaning_enabled, or run with {"apply_cleaning": true}'
-    accounts = account_for(tables)
     counted = Counter((item.rule, item.safe) for item in still_open)
     batches = applied_batches(tables, profile.name)
     yield materialized(
         asset_key(CLEANING),
         profile.name,
         {
-            "proposed": len(proposals),
             "new_proposals": fresh,
             "open": len(still_open) - sum(report.applied.values()),
             "safe": sum(item.safe for item in still_open),
@@ -125,6 +130,7 @@ def trigger_data_cleaning(
                 passed=all(account.balanced for account in accounts.values()),
                 severity=dg.AssetCheckSeverity.ERROR,
                 metadata={
+                    "note": "after cleaning" if accounts else "nothing was written, nothing to account for",
                     "accounts": markdown_table(
                         ["table", "raw records", "accepted", "duplicates", "quarantined", "balanced"],
                         [(name, item.bronze, item.accepted, item.duplicates, item.quarantined, item.balanced)
@@ -134,12 +140,6 @@ def trigger_data_cleaning(
             )
         ],
     )  # fmt: skip
-
-
-def _data_pipeline_runs(context: dg.AssetExecutionContext) -> str | None:
-    """Return the id of a run that may write silver now: two writers of one table on S3 can lose a commit."""
-    runs = context.instance.get_runs(dg.RunsFilter(job_name=CLINICAL_DATA_PIPELINE.name, statuses=_WRITING), limit=1)
-    return runs[0].run_id if runs else None
 
 
 def _proposals(frames: TrialFrames) -> "list[Proposal]":
