@@ -32,6 +32,7 @@ ADDRESSES = {
     "GATEWAY_URL": "http://127.0.0.1:9",
     "POSTGRES_URL": "",
     "CLINICAL_FERNET_KEY": "",
+    "CLINICAL_STORED_CONNECTIONS": "",
 }
 
 

@@ -310,7 +310,7 @@ def test_it_is_told_which_connection_acts(
 @pytest.mark.integration
 def test_the_contracts_variables_are_imported_and_act(airflow: Airflow, store: PlatformStore, tmp_path: Path) -> None:
     load_defaults(store)
-    text = (DEPLOY / "variables.yaml").read_text().replace("value: 0.95", "value: 0.9")
+    text = (DEPLOY / "variables.yaml").read_text().replace("value: 0.95\n", "value: 0.9\n")
     (tmp_path / "v.yaml").write_text(text)
 
     assert airflow("variables", "import", tmp_path / "v.yaml").out == "20 of 20 variables successfully updated.\n"

@@ -187,8 +187,9 @@ def test_the_shipped_templates_have_the_contract_and_no_secret() -> None:
         name: conn_type for name, (conn_type, _) in CONNECTION_TYPES.items()
     }
     assert not any(one.password for one in connections.values())
-    defaults = {write.key: write.value for write in default_variables()}
-    assert {key: write.value for key, write in variables.items()} == {key: defaults[key] for key in variables}
+    defaults = {write.key: write for write in default_variables()}
+    assert variables == {key: defaults[key] for key in variables}
+    assert len(variables) == 20
     assert not failed
     assert {pool.name: pool.slots for pool in pools} == POOLS
     assert {pool.name: pool.info.description for pool in pools} == POOL_DESCRIPTIONS
