@@ -71,7 +71,7 @@ def found(frame: pl.DataFrame) -> list[Anomaly]:
 
 
 def raised(part: dict[str, Any], rng: np.random.Generator) -> None:
-    part["value"] += 35
+    part["value"] += 45
 
 
 def flat(part: dict[str, Any], rng: np.random.Generator) -> None:
