@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from clinical_orchestration.stack.settings import StackSettings
 
 PIPELINE = "clinical_data_pipeline"
+BACKFILL = "feature_backfill"
 LOG_LINES = 40
 FOLLOW_SECONDS = 0.5
 _MORE_OF_THE_STACK = {
@@ -39,6 +41,16 @@ _MORE_OF_THE_STACK = {
     "CLINICAL_CHECKOUT", "CLINICAL_HOME",
 }  # fmt: skip
 """What ``--env`` exports besides the names of ClientSettings."""
+
+_FEATURE_FLAGS = {
+    "compare_stores": "Offline and online features",
+    "query_offline": "Offline features",
+    "query_online": "Online features",
+    "monitor": "Feature pipeline",
+}
+_TRAINING_TASKS = (
+    "setup_mlflow_experiment", "train_model", "evaluate_model", "register_model", "deploy_model",
+)  # fmt: skip
 
 _EPILOG = """\
 examples:
@@ -135,6 +147,8 @@ class _Information(argparse.Action):
     ) -> None:
         if self.dest == "logs":
             namespace.service = values or None
+        if self.dest in _FEATURE_FLAGS:
+            namespace.asked[self.dest] = values or None
         if self.dest not in namespace.information:
             namespace.information.append(self.dest)
 
@@ -159,6 +173,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="stop, bring the environment up to date, start again")  # fmt: skip
     add("--clean", dest="action", action="store_const", const="clean", help="stop and remove the data; asks first")
     add("--run", metavar="JOB", help="run one pipeline and follow it; the exit status is the run's")
+    add("--run-training", dest="action", action="store_const", const="training",
+        help="train, evaluate, register and deploy on the features that there are")  # fmt: skip
     add("--env", dest="action", action="store_const", const="env", help="export lines for eval, for any client")
     add("--test", dest="action", action="store_const", const="test", help="run the tests; what follows goes to pytest")
     add("--fetch-jars", dest="action", action="store_const", const="jars", help="download the jars of Kafka and Spark")
@@ -169,6 +185,14 @@ def build_parser() -> argparse.ArgumentParser:
     info("-v", "--visualize", dest="visualize", action=_Information, help="picture of the data flow with live states")
     info("-d", "--stats", dest="stats", action=_Information, help="cpu, memory, disk, runs, rows")
     info("-l", "--logs", dest="logs", action=_Information, nargs="?", metavar="SERVICE", help="end of the logs")
+    info("--compare-stores", dest="compare_stores", action=_Information, nargs="?", metavar="DATE",
+         help="newest features of each patient, offline against online; of one day only")  # fmt: skip
+    info("--query-offline-features", dest="query_offline", action=_Information, nargs="?", metavar="DATE",
+         help="feature rows of a day (default: the newest)")  # fmt: skip
+    info("--query-online-features", dest="query_online", action=_Information, nargs="?", metavar="PATIENT",
+         help="online features of a patient (default: how many there are)")  # fmt: skip
+    info("--monitor-feature-pipeline", dest="monitor", action=_Information, nargs="?", metavar="DATE",
+         help="rows a day, freshness, offline against online; fails if something is wrong")  # fmt: skip
     more = parser.add_argument_group("options").add_argument
     more("--level", type=_level, metavar="N", help=f"levels 0 to N ({levels}); with --stop and --clean N and above")
     more("--yes", action="store_true", help="do not ask")
@@ -180,7 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
     more("-n", "--lines", type=int, default=LOG_LINES, metavar="N", help="with --logs: lines a service (%(default)s)")
     more("--version", action="store_true", help="version of the platform")
     more("--help", action="store_true", help="this text")
-    parser.set_defaults(action=None, information=[], service=None)
+    parser.set_defaults(action=None, information=[], service=None, asked={})
     return parser
 
 
@@ -217,6 +241,8 @@ class Options:
     follow: bool = False
     lines: int = LOG_LINES
     pytest_arguments: list[str] = field(default_factory=list)
+    asked: dict[str, str | None] = field(default_factory=dict)
+    """What each feature flag is asked about: a date or a patient."""
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -238,7 +264,8 @@ def parse(arguments: Sequence[str]) -> Options:
     elif values.run:
         action = "run"
     for name, allowed in (("conf", ("run",)), ("trial", ("run", "demo")), ("source", ("run", "demo"))):
-        if getattr(values, name) is not None and action not in allowed:
+        also = {"conf": action == "training", "trial": action == "training" or values.asked}
+        if getattr(values, name) is not None and action not in allowed and not also.get(name):
             raise UserError(
                 "the command line is not understood", f"--{name} belongs to {' and '.join('--' + a for a in allowed)}",
                 "--help lists all flags", 2,
@@ -272,6 +299,7 @@ def parse(arguments: Sequence[str]) -> Options:
         follow=values.follow,
         lines=max(0, values.lines),
         pytest_arguments=pytest_arguments,
+        asked=values.asked,
     )
 
 
@@ -485,10 +513,20 @@ class Commands:
         self.result["run"] = state.as_dict()
         return _exit_status(state)
 
-    def _run(self, name: str) -> RunState:
+    def _do_training(self) -> int:
+        """Run the training steps of the pipeline, on the features that there are."""
+        state = self._run(PIPELINE, _TRAINING_TASKS, self._options.conf or {"force_training": True})
+        self.result["run"] = state.as_dict()
+        return _exit_status(state)
+
+    def _run(self, name: str, tasks: Sequence[str] = (), conf: Mapping[str, Any] | None = None) -> RunState:
+        """Launch a job, or those `tasks` of it, and follow the run."""
         from clinical_orchestration.stack import runs as runs_module
 
         settings, options = self.settings, self._options
+        conf = options.conf if conf is None else conf
+        if name == BACKFILL:
+            _check_range(conf)
         if options.trial:
             _check_trial(options.trial)
         if self._client.status(settings).supervisor_pid is None:
@@ -498,8 +536,9 @@ class Commands:
         trial = options.trial or settings.environment().get("CLINICAL_TRIAL") or _default_trial()
         with self._display.working(f"looking for {name}"):
             job = client.find_job(name)
-            config = runs_module.run_config(options.trial, options.source, options.conf)
-            run_id = client.launch(job, config, {"clinical/trial": trial, "clinical/started_by": "pipeline-manager"})
+            config = runs_module.run_config(options.trial, options.source, conf)
+            tags = {"clinical/trial": trial, "clinical/started_by": "pipeline-manager"}
+            run_id = client.launch(job, config, tags, client.assets(job, tasks) if tasks else None)
         self._display.heading(f"Run {name}, trial {trial}")
         self._display.line(f"run {run_id}: {client.run_url(run_id)}", "idle")
         return self._follow(client, run_id, name)
@@ -680,6 +719,40 @@ class Commands:
             report.show_stats(self._display, stats, settings.home, summary)
         return 1 if summary.problems else 0
 
+    def _show_compare_stores(self) -> int:
+        return self._show_features("compare_stores", lambda found: bool(found["consistent"]))
+
+    def _show_query_offline(self) -> int:
+        return self._show_features("query_offline", lambda found: True)
+
+    def _show_query_online(self) -> int:
+        return self._show_features("query_online", lambda found: bool(found.get("found", True)))
+
+    def _show_monitor(self) -> int:
+        return self._show_features("monitor", lambda found: not found["problems"])
+
+    def _show_features(self, kind: str, good: Callable[[dict[str, Any]], bool]) -> int:
+        """Ask the feature store; the exit status is 1 where the answer is not `good`."""
+        from clinical_orchestration.stack import feature_queries
+
+        asked = self._options.asked.get(kind)
+        about: Any = asked if kind == "query_online" or asked is None else _date(asked)
+        trial = self._options.trial or _default_trial()
+        _check_trial(trial)
+        settings = self.settings
+        if self._client.status(settings).supervisor_pid is None:
+            raise UserError("the stack is not running", "the feature store is read through its services",
+                            "./pipeline-manager.sh --start, then repeat")  # fmt: skip
+        os.environ.update(settings.environment())  # the stores read where the services are from there
+        with self._display.working("reading the feature store"):
+            found = getattr(feature_queries, kind)(feature_queries.Stores.open(trial), about)
+        self.result[kind] = found
+        if not self._options.json:
+            self._display.title(_FEATURE_FLAGS[kind] + f", {trial}")
+            for line in feature_queries.lines(kind, found):
+                self._display.write(line)
+        return 0 if good(found) else 1
+
     def _show_logs(self) -> int:
         from clinical_orchestration.stack import report
 
@@ -711,6 +784,23 @@ class Commands:
         if self._options.follow:
             follow_files(files, self._display.write, len(files) > 1)
         return 0
+
+
+def _check_range(conf: Mapping[str, Any]) -> None:
+    from clinical_orchestration.stores.feature_backfill import days_of_conf
+
+    try:
+        days_of_conf(conf)
+    except ValueError as error:
+        raise UserError("the range of days is not understood", str(error),
+                        '--conf \'{"start_date": "2013-01-01", "end_date": "2013-12-31"}\'', 2) from None  # fmt: skip
+
+
+def _date(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"{text!r} is no date", "a day is asked for", "write it as 2013-01-31", 2) from None
 
 
 def follow_files(

@@ -8,7 +8,7 @@ launcher; it does not depend on the command that follows it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,10 @@ fragment why on PythonError { message className causes { message className } }
 fragment what on MetadataEntry { __typename label
   ... on IntMetadataEntry { intRepr } ... on FloatMetadataEntry { floatRepr } ... on TextMetadataEntry { text }
   ... on BoolMetadataEntry { boolValue } }
+"""
+
+_ASSETS = """
+query Assets($job: PipelineSelector!) { assetNodes(pipeline: $job) { assetKey { path } opNames } }
 """
 
 _TERMINATE = """
@@ -247,17 +251,43 @@ class Runs:
             known = ", ".join(sorted(job.name for job in jobs if not job.name.startswith("__"))) or "none"
             raise UserError(f"there is no job {name!r}", f"the loaded jobs are: {known}", "name one of them", status=2)
 
-    def launch(self, job: Job, run_config: Mapping[str, Any], tags: Mapping[str, str]) -> str:
-        """Put a run into the queue and return its id.
+    def assets(self, job: Job, tasks: Sequence[str]) -> list[list[str]]:
+        """Return the keys of the assets that these tasks of a job make.
+
+        Raises:
+            UserError: a task makes none, or is not in the job.
+        """
+        selector = {
+            "repositoryLocationName": job.location, "repositoryName": job.repository, "pipelineName": job.name,
+        }  # fmt: skip
+        nodes = self._ask_patiently(_ASSETS, {"job": selector}, PATIENCE_SECONDS)["assetNodes"]
+        missing = set(tasks) - {name for node in nodes for name in node["opNames"]}
+        if missing:
+            raise UserError(
+                f"{job.name} has no task {', '.join(sorted(missing))}", "the loaded code is older or newer than this",
+                "--restart-rebuild --level 5 loads the code again",
+            )  # fmt: skip
+        return [list(node["assetKey"]["path"]) for node in nodes if set(node["opNames"]) & set(tasks)]
+
+    def launch(
+        self,
+        job: Job,
+        run_config: Mapping[str, Any],
+        tags: Mapping[str, str],
+        assets: Sequence[Sequence[str]] | None = None,
+    ) -> str:
+        """Put a run into the queue and return its id; `assets` are the keys of those to make (None: all of the job).
 
         Raises:
             UserError: Dagster refuses the configuration or the run.
         """
+        selection = {} if assets is None else {"assetSelection": [{"path": list(path)} for path in assets]}
         params = {
             "selector": {
                 "repositoryLocationName": job.location,
                 "repositoryName": job.repository,
                 "jobName": job.name,
+                **selection,
             },
             "runConfigData": dict(run_config),
             "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
