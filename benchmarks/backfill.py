@@ -3,9 +3,9 @@
     python benchmarks/backfill.py [--rounds N] [--output FILE]
 
 Figures: `feature_backfill` over every day of the trial by `pipeline-manager.sh --run` (everything is computed and
-compared; nothing differs from what the pipeline has stored), and over one year and one day; the range once more as a Dagster backfill of the asset over its
-partitions, with the time that Dagster takes to make the run; and what the steps take. Everything runs in a folder of
-its own on ports of its own, so a running stack is left alone.
+compared; nothing differs from what the pipeline has stored), and over one year and one day; the range once more as a
+Dagster backfill of the asset over its partitions, with the time that Dagster takes to make the run; and what the steps
+take. Everything runs in a folder of its own on ports of its own, so a running stack is left alone.
 """
 
 from __future__ import annotations

@@ -254,6 +254,8 @@ class StackSettings(BaseModel):
             FERNET_KEY: secrets.fernet_key.get_secret_value(),
             "DAGSTER_HOME": str(self.dagster_home),
             "CLINICAL_DAGSTER_STORAGE": str(self.home / "data" / "dagster"),
+            # a backfill leaves an event a day: written together they take a second, one by one a minute
+            "DAGSTER_EVENT_BATCH_SIZE": "1000",
             "CLINICAL_KAFKA_ENABLED": "true" if self.kafka_installed else "false",
             "CLINICAL_SPARK_CONNECTORS": "true" if self.spark_connectors_installed else "false",
         }

@@ -709,6 +709,8 @@ class FeatureBackfill:
         rows = int(now.filter(mine)["rows"].sum())
         if before is None:
             return Untouched(rows, now.height)
+        if before == self._tables.version(FEATURES):
+            return Untouched(rows, 0)
         then = outside(before)
         changed = pl.concat([now.join(then, on=now.columns, how="anti"), then.join(now, on=now.columns, how="anti")])
         return Untouched(rows, changed.select("trial", "feature_date").n_unique())
