@@ -145,6 +145,11 @@ class World:
             self.tables.append(silver(table), pa.Table.from_pylist(rows, schema=arrow_schema(SILVER_COLUMNS[table])))
         self.tables.append(FEATURES, pa.Table.from_pylist(features))
 
+    def empty(self) -> None:
+        """Take away every record; what models were trained on stays."""
+        for table in (FEATURES, *(silver(domain) for domain in ("subjects", "adverse_events", "patient_vitals"))):
+            self.tables.replace(table, self.tables.read(table).slice(0, 0))
+
     def _silver(self, table: str, patient: str, when: datetime, position: str, **values: Any) -> dict[str, Any]:
         return {
             **dict.fromkeys(SILVER_COLUMNS[table]), "trial": self.profile.name, "patient_id": patient,

@@ -163,7 +163,16 @@ def watch_champion(
             )
         )
         return Watched("kept", champion.version, champion.version, (*reasons, veto), decision.checks, sample, note)
-    restored = registry.roll_back(name, champion.version, what)
+    try:
+        restored = registry.roll_back(name, champion.version, what)
+    except RegistryError:
+        present = registry.champion(name)
+        if present is not None and present.version == champion.version:
+            raise
+        # somebody else, such as the sensor beside a run, was faster: the next look is about another champion
+        now = None if present is None else present.version
+        moved = "the champion was moved by somebody else at the same moment"
+        return Watched("within bounds", now, now, checks=decision.checks, sample=sample, note=moved)
     now = champion.version if restored is None else restored.version
     alerts.send(
         Alert(

@@ -160,6 +160,24 @@ def test_failing_answers_roll_back_once_there_are_enough_of_them(world: World) -
     assert champion(world) == "1"
 
 
+def test_two_that_roll_back_at_once_do_it_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.server.answers = world.server.failures = 500
+    roll_back = world.registry.roll_back
+
+    def late(name: str, version: str, reason: str) -> None:
+        roll_back(name, version, "the other was faster")
+        roll_back(name, version, reason)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.registry, "roll_back", late)
+        result = look(world)
+    assert said(result) == "small: within bounds"
+    assert champion(world) == "1"
+    bad = world.registry.versions(world.profile.model_name)[0]
+    assert bad.tags["rollback_reason"] == "the other was faster"
+    assert not world.alerts.sent
+
+
 def test_a_slow_champion_is_rolled_back(world: World) -> None:
     world.server.answers, world.server.latency = 100, ((0.5, 50.0), (2.5, 100.0), (float("inf"), 100.0))
     assert said(look(world)) == "small: rolled back"

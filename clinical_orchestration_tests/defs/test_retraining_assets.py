@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from clinical_orchestration.modeling.train import HYPER_PARAMETERS
 from clinical_orchestration.resources import PipelineResource
 from clinical_orchestration.stores.registry import ModelRegistry
-from clinical_orchestration_tests.fakes import InMemoryTableStore
+from clinical_orchestration.stores.tables import TableStore
 from clinical_orchestration_tests.retraining_world import World, result_of, skipped_steps
 
 BRANCH = {
@@ -137,11 +138,12 @@ def test_a_whole_story(world: World) -> None:
 def test_shuffled_labels_never_replace_the_champion(world: World, seed: int) -> None:
     world.fill(70)
     champion = world.train_champion()
-    world.tables = InMemoryTableStore()
+    world.empty()
     world.fill(110, seed=seed, shuffled=True)
     result = world.run(force=True)
     assert result.success
     assert result_of(result, "retraining/deployment")["outcome"] == "refused"
+    assert result_of(result, "retraining/comparison")["comparison"]["champion_saw_subjects"] is False
     now = world.registry.champion(world.profile.model_name)
     assert now is not None
     assert now.version == champion
@@ -149,6 +151,29 @@ def test_shuffled_labels_never_replace_the_champion(world: World, seed: int) -> 
     assert refused.tags["promotion"] == "refused"
     assert refused.promoted is False
     assert world.alerts.sent[-1].severity == "warning"
+
+
+@pytest.mark.usefixtures("small_models")
+def test_where_the_champions_training_set_is_gone_it_answers_itself_and_the_leak_is_told(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clinical_orchestration.defs.retraining import assets
+
+    world.fill(60, visits=6)
+    assert world.train_champion() == "1"
+    before = world.registry.versions(world.profile.model_name)[0].training_set_version
+    read = assets.read_training_set
+
+    def vacuumed(tables: TableStore, trial: str, version: int) -> Any:
+        if version == before:
+            raise LookupError(f"gold/training_set has no version {version} any more")
+        return read(tables, trial, version)
+
+    monkeypatch.setattr(assets, "read_training_set", vacuumed)
+    world.fill(30, seed=2, first_subject=60, days_later=90, visits=6)
+    compared = result_of(world.run(), "retraining/comparison")["comparison"]
+    assert compared["champion_saw_subjects"] is True
+    assert "which favours it" in compared["basis"]
 
 
 def test_a_search_is_logged_and_its_parameters_are_used(world: World) -> None:
