@@ -122,11 +122,15 @@ class FeatureDrift:
 
 @dataclass(frozen=True)
 class DataDrift:
-    """How a current population differs from the reference, feature by feature; `rows` are those compared."""
+    """How a current population differs from the reference, feature by feature; `rows` are those compared.
+
+    `alpha` is the false discovery rate that was used.
+    """
 
     features: tuple[FeatureDrift, ...] = field(repr=False)
     reference_rows: int
     current_rows: int
+    alpha: float = ALPHA
 
     @property
     def drifted(self) -> tuple[str, ...]:
@@ -150,7 +154,7 @@ class DataDrift:
 
         The index of a feature that does not differ is noise, whose size depends on the number of subjects alone.
         """
-        return max((item.psi for item in self.features if item.q_value < ALPHA and not item.ageing), default=0.0)
+        return max((item.psi for item in self.features if item.q_value < self.alpha and not item.ageing), default=0.0)
 
 
 def population_stability_index(reference: ArrayLike, current: ArrayLike) -> Floats:
@@ -219,6 +223,20 @@ def one_row_a_subject(sample: Sample, rng: np.random.Generator, like: Sample | N
     return _thinned(order[_firsts(codes[order])], rng)
 
 
+def resembling(reference: Sample, now: Sample, rng: np.random.Generator) -> tuple[Sample, bool]:
+    """Return one reference row a subject to compare with the current rows, and whether they were matched in time.
+
+    Rows drawn at random are taken where their days in the trial and times of day are distributed as those of `now`
+    (Kolmogorov-Smirnov), else the ones nearest in time: matching favours early rows of subjects who left the trial.
+    """
+    drawn = reference.take(one_row_a_subject(reference, rng))
+    for name in ("days", "hours"):
+        then, here = getattr(drawn, name), getattr(now, name)
+        if then is not None and here is not None and _kolmogorov_smirnov(then[:, None], here[:, None])[1][0] < ALPHA:
+            return reference.take(one_row_a_subject(reference, rng, now)), True
+    return drawn, False
+
+
 def _firsts(sorted_codes: Integers) -> Integers:
     return np.flatnonzero(np.append(True, np.diff(sorted_codes) != 0)) if len(sorted_codes) else sorted_codes
 
@@ -242,14 +260,15 @@ def compare(
     rng = np.random.default_rng(seed)
     now = current.select(reference.names)
     now = now.take(one_row_a_subject(now, rng))
-    then = reference.take(one_row_a_subject(reference, rng, now))
-    return _compared(then, now, _ageing(reference, then, now, rng), alpha, bound)
+    then, matched = resembling(reference, now, rng)
+    ageing = _ageing(reference, then, now, rng) if matched else np.zeros(len(then.names), dtype=bool)
+    return _compared(then, now, ageing, alpha, bound)
 
 
 def _compared(then: Sample, now: Sample, ageing: NDArray[np.bool_], alpha: float, bound: float) -> DataDrift:
     ref, cur = then.values, now.values
     if not len(ref) or not len(cur) or not then.names:
-        return DataDrift((), len(ref), len(cur))
+        return DataDrift((), len(ref), len(cur), alpha)
     edges, discrete = class_edges(ref)
     ref_counts, cur_counts = class_counts(ref, edges), class_counts(cur, edges)
     psi, divergence = _distances(ref_counts, cur_counts)
@@ -284,6 +303,7 @@ def _compared(then: Sample, now: Sample, ageing: NDArray[np.bool_], alpha: float
         ),
         reference_rows=len(ref),
         current_rows=len(cur),
+        alpha=alpha,
     )
 
 
@@ -445,5 +465,7 @@ def _ageing(reference: Sample, then: Sample, now: Sample, rng: np.random.Generat
     counts = class_counts(earlier.values, edges), class_counts(then.values, edges)
     psi, _ = _distances(*counts)
     classes = ((counts[0] + counts[1]) > 0).sum(axis=1)
-    chance = (classes - 1) * (1 / earlier.rows + 1 / then.rows)
-    return np.asarray(psi - chance > AGEING_BOUND)
+    sampling = 1 / earlier.rows + 1 / then.rows
+    # without a difference the index is about `sampling` times a chi-square variable
+    chance, deviation = (classes - 1) * sampling, np.sqrt(2 * np.maximum(classes - 1, 0)) * sampling
+    return np.asarray(psi - chance > np.maximum(AGEING_BOUND, 1.645 * deviation))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -53,10 +53,13 @@ def performance_plot(windows: Sequence[Mapping[str, Any]], baseline: float | Non
         upper.legend(loc="lower left", ncols=2, fontsize=8)
         observed = [_share(row) for row in rows]
         lower.plot(times, observed, color=_ORANGE, marker="o", ms=4, lw=1.5, label="observed events")
-        lower.plot(times, [row["mean_probability"] for row in rows], color=_BLUE, lw=1.5, ls="--", label="predicted")
+        lower.plot(times, [row["mean_probability"] for row in rows], color=_BLUE, marker="s", ms=3, lw=1.5, ls="--",
+                   label="predicted")  # fmt: skip
         lower.set_title("Calibration in the large over time")
-        lower.set_ylim(bottom=0)
+        lower.set_ylim(0, 1.25 * max(0.05, *observed, *(row["mean_probability"] for row in rows)))
         lower.legend(loc="upper left", ncols=2, fontsize=8)
+        if len(rows) == 1:  # else the axis spans years
+            lower.set_xlim(times[0] - timedelta(days=2), times[0] + timedelta(days=2))
 
     return _figure(draw, (7.2, 5.0), 2, "By window of index times, UTC")
 
@@ -81,7 +84,7 @@ def drift_plot(features: Sequence[tuple[str, float, bool]], bound: float, top: i
 
 
 def history_plot(runs: Sequence[tuple[datetime, float, int]], bound: float) -> bytes | None:
-    """Return the drift of each run over time: (time, largest significant index, drifted features); None below two."""
+    """Return the drift by run: (time, largest index of a drifted feature, drifted features); None below two runs."""
     if len(runs) < 2:
         return None
 
@@ -90,7 +93,7 @@ def history_plot(runs: Sequence[tuple[datetime, float, int]], bound: float) -> b
         times = [time for time, _, _ in runs]
         upper.plot(times, [psi for _, psi, _ in runs], color=_BLUE, marker="o", ms=3, lw=1.3)
         upper.axhline(bound, color=_GREY, ls="--", lw=1)
-        upper.set_title("Largest significant population stability index, by run")
+        upper.set_title("Largest population stability index of a drifted feature, by run")
         lower.step(times, [count for _, _, count in runs], where="post", color=_RED, lw=1.3)
         lower.set_title("Drifted features, by run")
         lower.set_ylim(bottom=0)

@@ -311,17 +311,19 @@ def _populations(
 
 
 def _compare(populations: "Populations") -> "dict[str, DataDrift]":
-    """Return the comparison of each source that has enough subjects."""
-    from clinical_orchestration.monitoring.drift import MIN_SUBJECTS, compare
+    """Return the comparison of each source that has enough subjects; the sources share the rate of false alarms."""
+    from clinical_orchestration.monitoring.drift import ALPHA, MIN_SUBJECTS, compare
 
     reference = populations.reference
     if reference is None or reference.subject_count < MIN_SUBJECTS:
         return {}
-    sources = {"features": populations.features, "predictions": populations.predictions}
-    return {
-        source: compare(reference, sample, seed=SEED)
-        for source, sample in sources.items()
+    sources = {
+        source: sample
+        for source, sample in (("features", populations.features), ("predictions", populations.predictions))
         if sample is not None and sample.subject_count >= MIN_SUBJECTS
+    }
+    return {
+        source: compare(reference, sample, seed=SEED, alpha=ALPHA / len(sources)) for source, sample in sources.items()
     }
 
 
@@ -610,7 +612,12 @@ def generate_monitoring_report(
     plots = {
         "Performance over time": performance_plot(windows, baseline),
         "Features against the training set": drift_plot(
-            [(row["feature"], row["psi"], row["drifted"]) for row in this_run if row["source"] == "features"], PSI_BOUND
+            [
+                (row["feature"], row["psi"], row["drifted"])
+                for row in this_run
+                if row["source"] == "features" and not row["ageing"]
+            ],
+            PSI_BOUND,
         ),
         "Drift over time": history_plot(_runs(tables, profile, truth.wall), PSI_BOUND),
     }
@@ -700,11 +707,11 @@ def _one_each(reference: "Sample", current: "Sample") -> "tuple[Sample, Sample]"
     """Return one row a subject of both, as drift detection compares them."""
     import numpy as np
 
-    from clinical_orchestration.monitoring.drift import one_row_a_subject
+    from clinical_orchestration.monitoring.drift import one_row_a_subject, resembling
 
     rng = np.random.default_rng(SEED)
     now = current.take(one_row_a_subject(current, rng))
-    return reference.take(one_row_a_subject(reference, rng, now)), now
+    return resembling(reference, now, rng)[0], now
 
 
 def _of_run(tables: TableStore, name: str, context: dg.AssetExecutionContext, profile: TrialProfile) -> "pl.DataFrame":
@@ -719,17 +726,14 @@ def _runs(tables: TableStore, profile: TrialProfile, wall: datetime) -> list[tup
     """Return the drift seen by each run of the last weeks, oldest first."""
     import polars as pl
 
-    from clinical_orchestration.monitoring.drift import ALPHA
-
-    columns = ["run_id", "computed_at", "feature", "psi", "q_value", "ageing", "drifted"]
+    columns = ["run_id", "computed_at", "feature", "psi", "drifted"]
     recent = [("trial", "=", profile.name), ("computed_at", ">", wall - HISTORY)]
-    significant = pl.col("psi").filter((pl.col("q_value") < ALPHA) & ~pl.col("ageing"))
     by_run = (
         pl.DataFrame(pl.from_arrow(tables.read(DATA_DRIFT_TABLE, columns=columns, filters=recent)))
         .group_by("run_id")
         .agg(
             pl.col("computed_at").max(),
-            significant.max().fill_null(0.0).alias("psi"),
+            pl.col("psi").filter("drifted").max().fill_null(0.0),
             pl.col("feature").filter("drifted").n_unique().alias("drifted"),
         )
         .sort("computed_at")
