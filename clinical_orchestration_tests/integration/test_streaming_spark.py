@@ -26,7 +26,7 @@ from clinical_orchestration.stores.tables import DeltaTableStore, storage_option
 from clinical_orchestration.tables import DOMAINS, DUPLICATES, QUARANTINE, bronze, silver
 from clinical_orchestration.trials import load_trial
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 OWN_TIMES = {"ingested_at", "quarantined_at", "detected_at"}
 

@@ -30,7 +30,7 @@ from clinical_orchestration_tests.sensors.support import (
 )
 from clinical_orchestration_tests.sensors.tiny_location import WORLD
 
-SEEDS = int(os.environ.get("CLINICAL_TEST_SEEDS", "3"))
+SEEDS = int(os.environ.get("CLINICAL_TEST_SEEDS", "2"))
 TINY = "clinical_orchestration_tests.sensors.tiny_location"
 SATURDAY = datetime(2026, 3, 7, 22, 30, tzinfo=UTC)
 EXPECTED = {

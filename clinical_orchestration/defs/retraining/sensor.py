@@ -14,7 +14,7 @@ from clinical_orchestration.modeling.watch import ServingSample
 from clinical_orchestration.resources import profiles
 from clinical_orchestration.settings import Variables
 from clinical_orchestration.stores.champion_watch import Watched, bounds_of, watch_champion
-from clinical_orchestration.stores.registry import ModelRegistry, RegistryError
+from clinical_orchestration.stores.registry import ModelRegistry, RegistryError, RegistryUnavailableError
 from clinical_orchestration.stores.serving import ServingClient
 from clinical_orchestration.stores.tables import TableStore
 from clinical_orchestration.trials import TrialProfile
@@ -42,14 +42,19 @@ def champion_watch_sensor(
     after: dict[str, Any] = {}
     events: list[dg.AssetMaterialization] = []
     said: list[str] = []
+    absent = False
     for name, profile in profiles().items():
         before = known.get(name, {})
+        if absent:  # asking again for each trial would only wait again
+            after[name] = before
+            continue
         try:
             watched, mark = _look(context.instance, profile, before, tables, registry, serving, alerts)
         except RegistryError as error:
             # the mark stays where it was: the next look sees the same and tries again
             context.log.warning("the champion of %s cannot be looked at: %s", name, error)
             after[name] = before
+            absent = isinstance(error, RegistryUnavailableError)
             said.append(f"{name}: registry not available")
             continue
         after[name] = mark
