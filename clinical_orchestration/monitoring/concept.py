@@ -34,6 +34,7 @@ MIN_OUTCOMES = 100
 MIN_SUBJECTS = 20
 _COPIES = 500
 _ADWIN_UPDATES = 1_000_000
+_ADWIN_COPIES = 200
 _ADWIN_DELTAS = (0.9, 0.5, 0.2, 0.05, 0.01, 2e-3, 1e-4, 1e-6, 1e-10)
 _FORGETTING = 0.9999
 _WARM_UP = 30
@@ -144,7 +145,7 @@ def page_hinkley_maxima(streams: Floats) -> Floats:
 
 def _adwin(stream: Floats, copies: Floats) -> Detection:
     low, high = float(stream.min()), float(stream.max())
-    few = copies[: max(50, min(len(copies), _ADWIN_UPDATES // stream.shape[0] // 2))]
+    few = copies[: max(50, min(_ADWIN_COPIES, _ADWIN_UPDATES // stream.shape[0] // 2))]
     # a copy is as wide as the stream and its mirror image together
     width = max(abs(low), abs(high))
 

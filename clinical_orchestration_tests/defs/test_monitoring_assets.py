@@ -13,6 +13,7 @@ import pytest
 from clinical_orchestration.contract import MODEL_MONITORING
 from clinical_orchestration.defs import monitoring
 from clinical_orchestration.defs.monitoring import assets, data
+from clinical_orchestration.monitoring import plots
 from clinical_orchestration.resources import PipelineResource
 from clinical_orchestration.stores.tables import DeltaTableStore, TableStore
 from clinical_orchestration.tables import DATA_DRIFT, MODEL_PERFORMANCE, PREDICTION_OUTCOMES
@@ -56,9 +57,10 @@ class Run:
 
 
 @pytest.fixture(autouse=True)
-def no_evidently(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave Evidently out: it takes seconds and has a test of its own."""
+def nothing_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave Evidently and the drawing of plots out: they take seconds and have tests of their own."""
     monkeypatch.setattr(assets, "_evidently", lambda *_: None)
+    monkeypatch.setattr(plots, "_figure", lambda *_: b"\x89PNG")
 
 
 @pytest.fixture(scope="module")
