@@ -45,6 +45,16 @@ def no_running_stack() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def retries_come_at_once() -> Iterator[None]:
+    """Let a step that fails in a test be tried again without the minutes that the platform's retry rule waits."""
+    from dagster import RetryPolicy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RetryPolicy, "calculate_delay", lambda self, attempt_num: 0.0)
+        yield
+
+
 def _service(factory: pytest.TempPathFactory, *names: str) -> Iterator[Environment]:
     home = factory.mktemp("-".join(names))
     if os.geteuid() == 0:

@@ -349,7 +349,7 @@ class FeatureBackfill:
             rows = pl.DataFrame(
                 self._tables.read(
                     silver(domain),
-                    columns=["patient_id", "event_time", "record_key"],
+                    columns=["patient_id", "event_time", "record_key", "source_position"],
                     filters=[("trial", "=", profile.name)],
                     version=versions[domain],
                 )
@@ -367,7 +367,7 @@ class FeatureBackfill:
                     days=within["event_time"].dt.date().n_unique(),
                     first=_utc(within["event_time"].min()),
                     last=_utc(within["event_time"].max()),
-                    repeated_keys=_repeated(within["record_key"]),
+                    repeated_keys=_repeated(within),
                     without_time=rows["event_time"].null_count(),
                 )
             )
@@ -799,6 +799,7 @@ def _utc(moment: object) -> datetime | None:
     return moment.astimezone(UTC) if isinstance(moment, datetime) else None
 
 
-def _repeated(keys: pl.Series) -> int:
-    given = keys.drop_nulls()
-    return given.len() - given.n_unique()
+def _repeated(rows: pl.DataFrame) -> int:
+    """Count records whose natural key another record has; one record, such as a wide message, may give several rows."""
+    records = rows.select("record_key", "source_position").drop_nulls("record_key").unique()
+    return records.height - records["record_key"].n_unique()

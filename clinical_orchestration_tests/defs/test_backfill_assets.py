@@ -72,16 +72,18 @@ class World:
             instance=self.instance, tags=dict(tags or {}), asset_selection=selection, raise_on_error=False
         )
 
-    def vitals(self, patient: str, *days: int, trial: str = PILOT.name) -> None:
+    def vitals(self, patient: str, *days: int, trial: str = PILOT.name, position: str | None = None) -> None:
         import pyarrow as pa
 
         columns = SILVER_COLUMNS["patient_vitals"]
+        before = self.tables.row_count(silver("patient_vitals"))
         rows = [
             {
                 **dict.fromkeys(columns), "trial": trial, "patient_id": patient, "record_key": f"{patient}-{day}",
                 "event_time": NOON + timedelta(days=day), "received_at": NOON + timedelta(days=day),
+                "source_position": position or f"vs#{before + place}",
             }
-            for day in days
+            for place, day in enumerate(days)
         ]  # fmt: skip
         self.tables.append(silver("patient_vitals"), pa.Table.from_pylist(rows, arrow_schema(columns)))
 
@@ -91,7 +93,7 @@ class World:
         columns = SILVER_COLUMNS["subjects"]
         rows = [
             {**dict.fromkeys(columns), "trial": PILOT.name, "patient_id": patient, "event_time": NOON,
-             "record_key": patient}
+             "record_key": patient, "source_position": f"dm#{patient}"}
             for patient in patients
         ]  # fmt: skip
         self.tables.append(silver("subjects"), pa.Table.from_pylist(rows, arrow_schema(columns)))
@@ -381,6 +383,14 @@ def test_records_without_a_time_and_repeated_keys_block(world: World) -> None:
     assert not run.success
     assert not checks(run)["no_record_twice"]
     assert world.computed == []
+
+
+def test_the_rows_of_one_wide_message_are_one_record(world: World) -> None:
+    for _ in range(3):  # three vital signs of one message
+        world.vitals("P1", 15, position="patient-vitals-0-7")
+    run = world.run()
+    assert run.success
+    assert checks(run)["no_record_twice"]
 
 
 # ------------------------------------------------------------------------------------------------------------- online
