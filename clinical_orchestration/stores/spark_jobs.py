@@ -719,6 +719,9 @@ def spark_jobs(
         return ProcessJobs(folder, environment={"SPARK_REMOTE": master or settings.spark_remote})
     environment: dict[str, str | None] = {
         "SPARK_REMOTE": None,  # SparkSubmit refuses it beside a master, even when it is empty
+        # a Connect session of this process leaves these in its environment; the script would look for a server then
+        "SPARK_CONNECT_MODE_ENABLED": None,
+        "SPARK_LOCAL_REMOTE": None,
         "PYSPARK_PYTHON": os.environ.get("PYSPARK_PYTHON") or sys.executable,
         "PYSPARK_DRIVER_PYTHON": os.environ.get("PYSPARK_DRIVER_PYTHON") or sys.executable,
     }

@@ -67,7 +67,9 @@ def test_main_in_spark_connect(spark_env: dict[str, str], script: str, monkeypat
     assert jobs.status(endless).state is JobState.KILLED
 
 
-def test_the_same_script_by_spark_submit(script: str) -> None:
+def test_the_same_script_by_spark_submit(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what a Spark Connect session leaves in the environment of its process, such as a notebook's
+    monkeypatch.setenv("SPARK_CONNECT_MODE_ENABLED", "1")
     jobs = spark_jobs(ClientSettings(), master_url="local[1]", java=find_java(), java_options=SPARK_OPTIONS)
     properties = {"spark.sql.shuffle.partitions": "3", "spark.ui.enabled": "false", "spark.driver.memory": "512m"}
     job = jobs.submit(script, ["1000"], name="sums", properties=properties)
