@@ -210,7 +210,7 @@ class Interrupted:
     def find_job(self, name: str) -> runs_module.Job:
         return runs_module.Job(name, "r", "l")
 
-    def launch(self, job: runs_module.Job, config: object, tags: object) -> str:
+    def launch(self, job: runs_module.Job, config: object, tags: object, assets: object = None) -> str:
         return "run-1"
 
     def terminate(self, run_id: str) -> None:
