@@ -136,6 +136,7 @@ def test_many_rows_are_staged_and_written_by_spark(lake: tuple[DeltaTableStore, 
     assert_frame_equal(read_features(tables, VISITS), whole, rel_tol=1e-9, abs_tol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_backfill_killed_anywhere_is_finished_by_the_next_one(
     lake: tuple[DeltaTableStore, SparkTables], redis_env: dict[str, str]
 ) -> None:
