@@ -60,7 +60,7 @@ class SparkCluster:
         if path == "/log/":
             kind = query["logType"][0]
             text = f"{kind} of {query['driverId'][0]}"
-            return 200, f"==== Bytes 0-{len(text)} of {len(text)} of /work/{kind} ====\n{text}\n"
+            return 200, f"==== Bytes 0-{len(text)} of {len(text)} of /opt/spark/work/{kind} ====\n{text}\n"
         if path == "/api/v1/applications":
             return 200, self.applications
         if path.startswith("/api/v1/applications/") and path.endswith("/jobs"):
