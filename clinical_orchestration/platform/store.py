@@ -62,12 +62,17 @@ create table if not exists clinical_default (
 """
 # any fixed number; two processes that make the tables at once would else fail on PostgreSQL's own catalogue
 _LOCK = 7_260_411_905
+_UNDEFINED_TABLE = "42P01"  # SQLSTATE
 
 _T = TypeVar("_T")
 
 
 class StoreUnavailableError(ConnectionError):
     """PostgreSQL does not answer, or there is none; the message says where it was expected, without the password."""
+
+
+class _NoTableError(Exception):
+    """The tables have not been made yet."""
 
 
 @dataclass(frozen=True)
@@ -432,21 +437,17 @@ class PlatformStore:
             cursor.execute("select 1")
 
     def _read(self, ask: Callable[[Any], _T], absent: _T) -> _T:
-        from psycopg2.errors import UndefinedTable
-
         try:
             with self._transaction() as cursor:
                 return ask(cursor)
-        except UndefinedTable:
+        except _NoTableError:
             return absent
 
     def _write(self, ask: Callable[[Any], _T]) -> _T:
-        from psycopg2.errors import UndefinedTable
-
         try:
             with self._transaction() as cursor:
                 return ask(cursor)
-        except UndefinedTable:
+        except _NoTableError:
             self.create_tables()
             with self._transaction() as cursor:
                 return ask(cursor)
@@ -456,7 +457,6 @@ class PlatformStore:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Any]:
         import psycopg2
-        from psycopg2.errors import UndefinedTable
 
         if not self._url:
             raise StoreUnavailableError("there is no PostgreSQL: POSTGRES_URL is not set")
@@ -474,9 +474,10 @@ class PlatformStore:
             with connection, connection.cursor() as cursor:
                 cursor.execute(f"set local statement_timeout = {STATEMENT_TIMEOUT_MS}")
                 yield cursor
-        except UndefinedTable:
-            raise
         except psycopg2.Error as error:
+            # by its code: psycopg2.errors is filled late, and a thread beside the first import finds it empty
+            if error.pgcode == _UNDEFINED_TABLE:
+                raise _NoTableError from None
             raise StoreUnavailableError(
                 f"PostgreSQL at {address(self._url)} refused or broke off ({_reason(error, self._url)})"
             ) from None
