@@ -48,12 +48,15 @@ class FeatureDefinition:
         family: one of :data:`FAMILIES`.
         description: what it says, in words.
         unit: unit of the number, ``1`` for ratios, indicators and codes.
+        counted_days: of what is counted over a window: its length in days. Such a feature changes its meaning when the
+            window no longer reaches back to the subject's start in the trial, where much begins at once.
     """
 
     name: str
     family: str
     description: str
     unit: str
+    counted_days: float | None = None
 
 
 VITAL_UNITS = {
@@ -128,6 +131,17 @@ def feature_set_id(profile: TrialProfile) -> str:
     """Return 16 hex digits that differ when the features, their order or how they are computed differ."""
     text = "\n".join((LOGIC_VERSION, profile.features.model_dump_json(), *feature_names(profile)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def counted_days(profile: TrialProfile) -> dict[str, float]:
+    """Return the features that count over a window, products of such included, with the length of it in days."""
+    found = {one.name: one.counted_days for one in definitions(profile) if one.counted_days is not None}
+    settings = profile.features
+    for name, (_, *sides) in interaction_terms(tuple(settings.vitals), settings.labs).items():
+        windows = [found[side] for side in sides if side in found]
+        if windows:
+            found[name] = max(windows)
+    return found
 
 
 def lab_name(test_code: str, statistic: str) -> str:
@@ -215,13 +229,23 @@ def _labs(key: _ProfileKey) -> list[FeatureDefinition]:
         "out_of_range_count": (f"results outside the reference range in the last {window}", "1"),
     }
     rows = [
-        FeatureDefinition(lab_name(test, statistic), "labs", f"{test}: {words[statistic][0]}", words[statistic][1])
+        FeatureDefinition(
+            lab_name(test, statistic),
+            "labs",
+            f"{test}: {words[statistic][0]}",
+            words[statistic][1],
+            key.lab_window_days if statistic == "out_of_range_count" else None,
+        )
         for test in key.labs
         for statistic in LAB_STATISTICS
     ]
     rows += [
         FeatureDefinition(
-            "lab_out_of_range_total", "labs", f"results of all tests out of range in the last {window}", "1"
+            "lab_out_of_range_total",
+            "labs",
+            f"results of all tests out of range in the last {window}",
+            "1",
+            key.lab_window_days,
         ),
         FeatureDefinition("lab_days_since_latest", "labs", "days since the last result of any test", "day"),
     ]
@@ -233,7 +257,9 @@ def _medications(key: _ProfileKey) -> list[FeatureDefinition]:
     return [
         FeatureDefinition("med_polypharmacy", "medications", "distinct drugs active at t, study drug apart", "1"),
         FeatureDefinition("med_high_risk_count", "medications", "of those, drugs on the trial's high-risk list", "1"),
-        FeatureDefinition("med_started_count", "medications", f"drugs started in the last {lookback}", "1"),
+        FeatureDefinition(
+            "med_started_count", "medications", f"drugs started in the last {lookback}", "1", key.lookback_days
+        ),
         FeatureDefinition("med_stopped_count", "medications", "drugs known to have ended by t", "1"),
         FeatureDefinition("med_drugs_ever", "medications", "distinct drugs known by t, active or not", "1"),
         FeatureDefinition("med_classes_active", "medications", "distinct classes of the active drugs", "1"),
@@ -250,14 +276,20 @@ def _adverse_events(key: _ProfileKey) -> list[FeatureDefinition]:
     rows = [
         FeatureDefinition("ae_count_ever", "adverse_events", "distinct adverse events known by t", "1"),
         FeatureDefinition("ae_count_on_treatment", "adverse_events", "of those, begun at or after the first dose", "1"),
-        FeatureDefinition("ae_count_lookback", "adverse_events", f"events begun in the last {lookback}", "1"),
-        FeatureDefinition("ae_reported_lookback", "adverse_events", f"events first reported in {lookback}", "1"),
+        FeatureDefinition(
+            "ae_count_lookback", "adverse_events", f"events begun in the last {lookback}", "1", key.lookback_days
+        ),
+        FeatureDefinition(
+            "ae_reported_lookback", "adverse_events", f"events first reported in {lookback}", "1", key.lookback_days
+        ),
         FeatureDefinition("ae_ongoing_count", "adverse_events", "events of which no end is known at t", "1"),
         FeatureDefinition("ae_distinct_types", "adverse_events", "distinct types of event", "1"),
         FeatureDefinition("ae_related_count", "adverse_events", "events stated to be possibly drug-related", "1"),
         FeatureDefinition("ae_onset_days", "adverse_events", "distinct days on which events began", "1"),
         FeatureDefinition("ae_max_grade_ever", "adverse_events", "highest CTCAE grade so far, 0 for none", "1"),
-        FeatureDefinition("ae_max_grade_lookback", "adverse_events", f"highest grade in the last {lookback}", "1"),
+        FeatureDefinition(
+            "ae_max_grade_lookback", "adverse_events", f"highest grade in the last {lookback}", "1", key.lookback_days
+        ),
         FeatureDefinition("ae_days_since_last", "adverse_events", "days since the last known onset", "day"),
         FeatureDefinition("ae_rate_on_treatment", "adverse_events", "on-treatment events in 30 days of it", "1"),
     ]

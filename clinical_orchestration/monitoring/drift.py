@@ -13,7 +13,7 @@ finite samples: Stephens (1970), J. R. Stat. Soc. B 32(1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -30,6 +30,9 @@ MAX_CATEGORIES = 12
 MIN_SUBJECTS = 30
 MAX_SUBJECTS = 5000
 LAG_BOUND = 0.2
+TRUNCATED_BOUND = 0.2
+"""A count over a window is of another kind where the share of rows whose window reaches back to the subject's start
+differs by more than this."""
 """Sides whose mean days in the trial differ by no more standard deviations than this are of the same time."""
 AGEING_BOUND = 0.05
 _MIN_EXPECTED = 5.0
@@ -46,6 +49,7 @@ class Sample:
         subjects: number of each row's subject; any integers, equal for rows of one subject.
         days: each row's days since its subject's start in the trial, NaN where unknown; None where unknown for all.
         hours: each row's time of day in hours (UTC), NaN where unknown; None where unknown for all.
+        counted_days: of the features that count over a window: its length in days.
     """
 
     names: tuple[str, ...]
@@ -53,6 +57,7 @@ class Sample:
     subjects: Integers = field(repr=False)
     days: Floats | None = field(default=None, repr=False)
     hours: Floats | None = field(default=None, repr=False)
+    counted_days: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.values.shape != (len(self.subjects), len(self.names)):
@@ -84,7 +89,7 @@ class Sample:
     def take(self, rows: Integers) -> Sample:
         """Return the sample of these row numbers."""
         days, hours = (None if times is None else times[rows] for times in (self.days, self.hours))
-        return Sample(self.names, self.values[rows], self.subjects[rows], days, hours)
+        return Sample(self.names, self.values[rows], self.subjects[rows], days, hours, self.counted_days)
 
 
 @dataclass(frozen=True)
@@ -441,8 +446,10 @@ def _ageing(reference: Sample, then: Sample, now: Sample, rng: np.random.Generat
 
     Days in the trial, cumulative counts and the like differ between any earlier and any later part of a trial. Where no
     reference rows are as late as the current ones, a feature that differs (PSI above 0.05, more than chance gives)
-    between the reference rows compared and those as much earlier in the reference itself is such a one. Where matching
-    found rows of about the same time, nothing is left out.
+    between the reference rows compared and those as much earlier in the reference itself is such a one. So is a count
+    over a window that reached back to the subjects' start in the reference rows and does not any more: what began
+    with the trial (drugs, first tests) leaves it all at once, which no earlier rows could show. Where matching found
+    rows of about the same time, nothing is left out.
 
     Args:
         reference: all of its rows.
@@ -468,4 +475,11 @@ def _ageing(reference: Sample, then: Sample, now: Sample, rng: np.random.Generat
     sampling = 1 / earlier.rows + 1 / then.rows
     # without a difference the index is about `sampling` times a chi-square variable
     chance, deviation = (classes - 1) * sampling, np.sqrt(2 * np.maximum(classes - 1, 0)) * sampling
-    return np.asarray(psi - chance > np.maximum(AGEING_BOUND, 1.645 * deviation))
+    return np.asarray(psi - chance > np.maximum(AGEING_BOUND, 1.645 * deviation)) | _outgrown(reference, theirs, mine)
+
+
+def _outgrown(reference: Sample, then: Floats, now: Floats) -> NDArray[np.bool_]:
+    """Return which counts over a window had the subject's start in it `then` (days in the trial) and have not `now`."""
+    windows = np.array([reference.counted_days.get(name, np.inf) for name in reference.names])
+    truncated = [(days[:, None] < windows).mean(axis=0) for days in (then, now)]
+    return np.asarray(truncated[0] - truncated[1] > TRUNCATED_BOUND)

@@ -1,5 +1,6 @@
 """Data drift: measures, tests, and that a stable population stays quiet."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 
@@ -206,6 +207,25 @@ def test_features_that_move_with_time_in_the_trial_raise_nothing_beyond_the_refe
     assert not found.has_drifted
     assert [item.ageing for item in found.features] == [True, False]
     assert compare(side(0, 0), side(10, 1.5)).drifted == ("f1",)
+
+
+def test_counts_whose_window_has_left_the_start_of_the_trial_raise_nothing() -> None:
+    rng = np.random.default_rng(5)
+    at_start = rng.poisson(3, 100)
+    numbers = np.repeat(np.arange(100), 10)
+
+    def side(first_day: float, windows: dict[str, float]) -> Sample:
+        days = np.tile(np.arange(10.0) * 0.6 + first_day, 100)
+        started = np.repeat(at_start, 10) * (days < 7) + rng.poisson(0.3, 1000)  # drugs started in the last 7 days
+        made = sample(np.column_stack([started, rng.normal(0, 1, 1000)]), numbers, days)
+        return replace(made, counted_days=windows)
+
+    assert compare(side(0, {}), side(8, {})).drifted == ("f0",)
+    found = compare(side(0, {"f0": 7.0}), side(8, {}))
+    assert not found.has_drifted
+    assert [item.ageing for item in found.features] == [True, False]
+    # a window that was full in the reference as well is compared as ever
+    assert compare(side(0, {"f0": 0.25}), side(8, {})).drifted == ("f0",)
 
 
 # --------------------------------------------------------------------------------------------------- figures to reach

@@ -1,7 +1,7 @@
 """What the monitoring steps read: the champion, its reference, current rows, predictions and their outcomes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +158,7 @@ def read_populations(
     """Return the rows the champion was trained on, the current feature rows, and the rows it was asked about."""
     import polars as pl
 
-    from clinical_orchestration.features.definitions import feature_names
+    from clinical_orchestration.features.definitions import counted_days, feature_names
     from clinical_orchestration.monitoring.drift import MIN_SUBJECTS
     from clinical_orchestration.monitoring.outcomes import in_scope
     from clinical_orchestration.monitoring.performance import WINDOW_HORIZONS
@@ -176,7 +176,10 @@ def read_populations(
         read_rows(tables, profile, list(FEATURE_KEY_COLUMNS)), truth.subjects, truth.records, profile
     ).select(*FEATURE_KEY_COLUMNS, "start")
     starts = keys.group_by("patient_id").agg(pl.col("start").first())
-    reference = _sample(training.join(starts, on="patient_id", how="left"), [n for n in names if n in training.columns])
+    reference = replace(
+        _sample(training.join(starts, on="patient_id", how="left"), [n for n in names if n in training.columns]),
+        counted_days=counted_days(profile),
+    )
     since = pl.col("feature_time") > training["feature_time"].max()
     horizons = pl.col("feature_time") > truth.now - WINDOW_HORIZONS * profile.target.horizon
     chosen, what = keys.filter(since & horizons), "rows newer than the training set"
