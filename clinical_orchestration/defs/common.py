@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
@@ -42,6 +42,30 @@ def spec(
         metadata=dict(metadata or {}),
         skippable=skippable,
     )
+
+
+def step(
+    *,
+    specs: Sequence[dg.AssetSpec],
+    pool: str,
+    check_specs: Sequence[dg.AssetCheckSpec] = (),
+    partitions_def: dg.PartitionsDefinition[Any] | None = None,
+    backfill_policy: dg.BackfillPolicy | None = None,
+) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
+    """Make a function a step of a pipeline: named as the function, in a pool of the contract, retried as it says."""
+
+    def make(function: Callable[..., Any]) -> dg.AssetsDefinition:
+        return dg.multi_asset(
+            name=function.__name__,
+            specs=specs,
+            check_specs=check_specs,
+            partitions_def=partitions_def,
+            backfill_policy=backfill_policy,
+            pool=pool,
+            retry_policy=RETRY,
+        )(function)
+
+    return make
 
 
 def asset_key(key: str) -> dg.AssetKey:

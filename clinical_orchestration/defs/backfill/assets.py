@@ -14,7 +14,7 @@ import dagster as dg
 
 from clinical_orchestration.defs.backfill.report import difference_table, report_html, report_json
 from clinical_orchestration.defs.backfill.request import PARTITIONS, PATIENT_FEATURES, run_days
-from clinical_orchestration.defs.common import RETRY, TRIAL_TAG, asset_key, markdown_table, spec
+from clinical_orchestration.defs.common import TRIAL_TAG, asset_key, markdown_table, spec, step
 from clinical_orchestration.defs.results import RESULT, TRIAL, materialized
 from clinical_orchestration.resources import PipelineResource
 from clinical_orchestration.stores.feature_backfill import Days, FeatureBackfill, History, Loaded, Staged, StagedReport
@@ -126,8 +126,7 @@ class _Step:
         return materialized(asset_key(key), self.profile.name, {**facts, **result}, shown, checks)
 
 
-@dg.multi_asset(
-    name="extract_historical_data",
+@step(
     specs=[
         spec(
             HISTORY,
@@ -138,7 +137,6 @@ class _Step:
         )
     ],
     pool="data_validation",
-    retry_policy=RETRY,
     backfill_policy=SINGLE_RUN,
 )
 def extract_historical_data(
@@ -195,8 +193,7 @@ def _history_table(history: History) -> dg.MetadataValue:
     )  # fmt: skip
 
 
-@dg.multi_asset(
-    name="validate_historical_data",
+@step(
     specs=[
         spec(
             VALIDATION,
@@ -208,7 +205,6 @@ def _history_table(history: History) -> dg.MetadataValue:
     ],
     check_specs=[TIMES, UNIQUE, SUBJECTS],
     pool="data_validation",
-    retry_policy=RETRY,
     backfill_policy=SINGLE_RUN,
 )
 def validate_historical_data(
@@ -242,8 +238,7 @@ def validate_historical_data(
     )
 
 
-@dg.multi_asset(
-    name="engineer_features",
+@step(
     specs=[
         spec(
             ENGINEERED,
@@ -255,7 +250,6 @@ def validate_historical_data(
         )
     ],
     pool="spark_jobs",
-    retry_policy=RETRY,
     backfill_policy=SINGLE_RUN,
 )
 def engineer_features(
@@ -288,8 +282,7 @@ def _only(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: facts[name]}
 
 
-@dg.multi_asset(
-    name="validate_features",
+@step(
     specs=[
         spec(
             FEATURE_CHECKS,
@@ -301,7 +294,6 @@ def _only(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     ],
     check_specs=[VALUES, ROWS, COUNT, FILLED],
     pool="data_validation",
-    retry_policy=RETRY,
     backfill_policy=SINGLE_RUN,
 )
 def validate_features(
@@ -370,8 +362,7 @@ def _acceptable(report: StagedReport, threshold: int) -> bool:
     return report.values.valid and report.complete and report.values.features >= threshold
 
 
-@dg.multi_asset(
-    name="load_to_feature_store",
+@step(
     specs=[
         spec(
             PATIENT_FEATURES,
@@ -385,7 +376,6 @@ def _acceptable(report: StagedReport, threshold: int) -> bool:
     ],
     partitions_def=PARTITIONS,
     pool="feature_engineering",
-    retry_policy=RETRY,
     backfill_policy=SINGLE_RUN,
 )
 def load_to_feature_store(
@@ -466,8 +456,7 @@ def _what_happened(loaded: Loaded, days: Days) -> str:
     )
 
 
-@dg.multi_asset(
-    name="verify_feature_store",
+@step(
     specs=[
         spec(
             VERIFICATION,
@@ -479,7 +468,6 @@ def _what_happened(loaded: Loaded, days: Days) -> str:
     ],
     check_specs=[STORED, UNTOUCHED, EQUAL],
     pool="feature_engineering",
-    retry_policy=RETRY,
     backfill_policy=SINGLE_RUN,
 )
 def verify_feature_store(
@@ -537,8 +525,7 @@ def verify_feature_store(
     )  # fmt: skip
 
 
-@dg.multi_asset(
-    name="generate_backfill_report",
+@step(
     specs=[
         spec(
             REPORT,
@@ -550,7 +537,6 @@ def verify_feature_store(
         )
     ],
     pool="data_validation",
-    retry_policy=RETRY,
     backfill_policy=SINGLE_RUN,
 )
 def generate_backfill_report(

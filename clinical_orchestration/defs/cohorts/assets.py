@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import Field
 
-from clinical_orchestration.defs.common import RETRY, asset_key, markdown_table, spec
+from clinical_orchestration.defs.common import asset_key, markdown_table, spec, step
 from clinical_orchestration.defs.results import materialized
 from clinical_orchestration.resources import PipelineResource
 from clinical_orchestration.stores.objects import Objects
@@ -61,8 +61,7 @@ class CohortConfig(dg.Config):
         return found
 
 
-@dg.multi_asset(
-    name="build_cohorts",
+@step(
     specs=[
         spec(
             COHORT_MEMBERS,
@@ -89,7 +88,6 @@ class CohortConfig(dg.Config):
     ],
     check_specs=[ADDS_UP],
     pool="feature_engineering",
-    retry_policy=RETRY,
 )
 def build_cohorts(
     context: dg.AssetExecutionContext,

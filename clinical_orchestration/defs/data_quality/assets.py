@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from clinical_orchestration.defs.common import RETRY, asset_key, markdown_table, spec
+from clinical_orchestration.defs.common import asset_key, markdown_table, spec, step
 from clinical_orchestration.defs.data_quality.frames import MEASURED, TrialFrames
 from clinical_orchestration.defs.data_quality.keys import (
     ANOMALIES,
@@ -74,8 +74,7 @@ def rules_table(rules: Iterable["RuleResult"]) -> dg.MetadataValue:
     )  # fmt: skip
 
 
-@dg.multi_asset(
-    name="check_data_completeness",
+@step(
     specs=[
         spec(
             COMPLETENESS,
@@ -88,7 +87,6 @@ def rules_table(rules: Iterable["RuleResult"]) -> dg.MetadataValue:
     ],
     check_specs=[COMPLETE],
     pool="data_validation",
-    retry_policy=RETRY,
 )
 def check_data_completeness(
     pipeline: PipelineResource, tables: dg.ResourceParam[TableStore]
@@ -162,8 +160,7 @@ def check_data_completeness(
     )  # fmt: skip
 
 
-@dg.multi_asset(
-    name="validate_data_schema",
+@step(
     specs=[
         spec(
             SCHEMA,
@@ -176,7 +173,6 @@ def check_data_completeness(
     ],
     check_specs=[ROWS_VALID, TABLE_RULES, CONTRACT, SDTM],
     pool="data_validation",
-    retry_policy=RETRY,
 )
 def validate_data_schema(
     pipeline: PipelineResource, tables: dg.ResourceParam[TableStore]
@@ -246,8 +242,7 @@ def validate_data_schema(
     )
 
 
-@dg.multi_asset(
-    name="check_data_consistency",
+@step(
     specs=[
         spec(
             CONSISTENCY,
@@ -260,7 +255,6 @@ def validate_data_schema(
     ],
     check_specs=[CONSISTENT],
     pool="data_validation",
-    retry_policy=RETRY,
 )
 def check_data_consistency(
     pipeline: PipelineResource, tables: dg.ResourceParam[TableStore]
@@ -283,8 +277,7 @@ def check_data_consistency(
     )
 
 
-@dg.multi_asset(
-    name="monitor_data_freshness",
+@step(
     specs=[
         spec(
             FRESHNESS,
@@ -297,7 +290,6 @@ def check_data_consistency(
     ],
     check_specs=[FRESH],
     pool="monitoring_tasks",
-    retry_policy=RETRY,
 )
 def monitor_data_freshness(
     pipeline: PipelineResource, tables: dg.ResourceParam[TableStore]
@@ -356,8 +348,7 @@ def _sources_table(sources: Iterable[Any]) -> dg.MetadataValue:
     return markdown_table([name.replace("_", " ") for name in names], [[row[name] for name in names] for row in rows])
 
 
-@dg.multi_asset(
-    name="detect_anomalies",
+@step(
     specs=[
         spec(
             ANOMALIES,
@@ -370,7 +361,6 @@ def _sources_table(sources: Iterable[Any]) -> dg.MetadataValue:
     ],
     check_specs=[ALIKE],
     pool="monitoring_tasks",
-    retry_policy=RETRY,
 )
 def detect_anomalies(
     pipeline: PipelineResource, tables: dg.ResourceParam[TableStore]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from clinical_orchestration.defs.common import RETRY, asset_key, markdown_table, spec
+from clinical_orchestration.defs.common import asset_key, markdown_table, spec, step
 from clinical_orchestration.defs.data_quality.frames import MEASURED, TrialFrames
 from clinical_orchestration.defs.data_quality.keys import CLEANING, GROUP, REPORT
 from clinical_orchestration.defs.results import materialized
@@ -29,8 +29,7 @@ LOCK_WAIT = 300.0
 """Seconds to wait for whoever refines silver (the data pipeline, the streaming job): it writes the same tables."""
 
 
-@dg.multi_asset(
-    name="trigger_data_cleaning",
+@step(
     specs=[
         spec(
             CLEANING,
@@ -43,7 +42,6 @@ LOCK_WAIT = 300.0
     ],
     check_specs=[ACCOUNTED],
     pool="data_validation",
-    retry_policy=RETRY,
 )
 def trigger_data_cleaning(
     context: dg.AssetExecutionContext, pipeline: PipelineResource, tables: dg.ResourceParam[TableStore]

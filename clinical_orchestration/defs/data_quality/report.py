@@ -7,7 +7,7 @@ from typing import Any
 import dagster as dg
 
 from clinical_orchestration.alerts.model import Alert, Notifier, Severity
-from clinical_orchestration.defs.common import RETRY, asset_key, markdown_table, spec
+from clinical_orchestration.defs.common import asset_key, markdown_table, spec, step
 from clinical_orchestration.defs.data_quality.keys import (
     ANOMALIES,
     COMPLETENESS,
@@ -33,8 +33,7 @@ HISTORY = 500
 """Most rows of the time series in a plot."""
 
 
-@dg.multi_asset(
-    name="generate_quality_report",
+@step(
     specs=[
         spec(
             REPORT,
@@ -53,7 +52,6 @@ HISTORY = 500
     ],
     check_specs=[SCORE],
     pool="monitoring_tasks",
-    retry_policy=RETRY,
 )
 def generate_quality_report(
     context: dg.AssetExecutionContext,

@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from clinical_orchestration.defs.common import RETRY, asset_key, spec
+from clinical_orchestration.defs.common import asset_key, spec, step
 from clinical_orchestration.defs.results import materialized, result_of
 from clinical_orchestration.defs.training.assets import REGISTERED_VERSION
 from clinical_orchestration.resources import PipelineResource
@@ -20,8 +20,7 @@ SERVED = dg.AssetCheckSpec(
 )
 
 
-@dg.multi_asset(
-    name="deploy_model",
+@step(
     specs=[
         spec(
             CHAMPION,
@@ -34,7 +33,6 @@ SERVED = dg.AssetCheckSpec(
     ],
     check_specs=[SERVED],
     pool="model_serving",
-    retry_policy=RETRY,
 )
 def deploy_model(
     context: dg.AssetExecutionContext,

@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from clinical_orchestration.defs.common import RETRY, asset_key, spec
+from clinical_orchestration.defs.common import asset_key, spec, step
 from clinical_orchestration.defs.results import materialized
 from clinical_orchestration.resources import PipelineResource
 from clinical_orchestration.stores.feature_store import OfflineStore, compare
@@ -35,8 +35,7 @@ EQUAL = dg.AssetCheckSpec(
 )
 
 
-@dg.multi_asset(
-    name="extract_features",
+@step(
     specs=[
         spec(
             FEATURES,
@@ -58,7 +57,6 @@ EQUAL = dg.AssetCheckSpec(
     ],
     check_specs=[ROWS, ENOUGH, EQUAL],
     pool="feature_engineering",
-    retry_policy=RETRY,
 )
 def extract_features(
     context: dg.AssetExecutionContext,

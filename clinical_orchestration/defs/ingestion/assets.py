@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from clinical_orchestration.defs.common import RETRY, asset_key, markdown_table, spec
+from clinical_orchestration.defs.common import asset_key, markdown_table, spec, step
 from clinical_orchestration.defs.results import materialized
 from clinical_orchestration.resources import KafkaResource, PipelineResource, profiles
 from clinical_orchestration.stores.spark import SparkTables
@@ -30,8 +30,7 @@ def accounted(domain: str) -> dg.AssetCheckSpec:
     )
 
 
-@dg.multi_asset(
-    name="monitor_kafka_topics",
+@step(
     specs=[
         spec(
             TOPICS,
@@ -42,7 +41,6 @@ def accounted(domain: str) -> dg.AssetCheckSpec:
         )
     ],
     pool="kafka_operations",
-    retry_policy=RETRY,
 )
 def monitor_kafka_topics(
     context: dg.AssetExecutionContext,
@@ -70,8 +68,7 @@ def monitor_kafka_topics(
     )
 
 
-@dg.multi_asset(
-    name="validate_clinical_data",
+@step(
     specs=[
         spec(
             bronze(domain),
@@ -84,7 +81,6 @@ def monitor_kafka_topics(
         for domain in DOMAINS
     ],
     pool="data_validation",
-    retry_policy=RETRY,
 )
 def validate_clinical_data(
     context: dg.AssetExecutionContext,
@@ -129,8 +125,7 @@ def validate_clinical_data(
         )
 
 
-@dg.multi_asset(
-    name="spark_data_processing",
+@step(
     specs=[
         *(
             spec(
@@ -160,7 +155,6 @@ def validate_clinical_data(
     ],
     check_specs=[accounted(domain) for domain in DOMAINS],
     pool="spark_jobs",
-    retry_policy=RETRY,
 )
 def spark_data_processing(
     context: dg.AssetExecutionContext,

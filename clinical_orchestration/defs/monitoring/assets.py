@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from clinical_orchestration.alerts.model import Alert, Notifier, Severity
-from clinical_orchestration.defs.common import RETRY, asset_key, markdown_table, spec
+from clinical_orchestration.defs.common import asset_key, markdown_table, spec, step
 from clinical_orchestration.defs.deployment.assets import CHAMPION
 from clinical_orchestration.defs.results import materialized, result_of
 from clinical_orchestration.resources import PipelineResource
@@ -81,8 +81,7 @@ ENOUGH = dg.AssetCheckSpec(
 )
 
 
-@dg.multi_asset(
-    name="check_model_performance",
+@step(
     specs=[
         spec(
             PREDICTION_OUTCOMES,
@@ -103,7 +102,6 @@ ENOUGH = dg.AssetCheckSpec(
     ],
     check_specs=[ONE_OUTCOME, NOT_DEGRADED, ABOVE_THRESHOLD],
     pool="monitoring_tasks",
-    retry_policy=RETRY,
 )
 def check_model_performance(
     context: dg.AssetExecutionContext,
@@ -240,8 +238,7 @@ def _performance_metadata(performance: "Performance") -> dict[str, Any]:
     return found
 
 
-@dg.multi_asset(
-    name="detect_data_drift",
+@step(
     specs=[
         spec(
             DATA_DRIFT,
@@ -255,7 +252,6 @@ def _performance_metadata(performance: "Performance") -> dict[str, Any]:
     ],
     check_specs=[STABLE],
     pool="monitoring_tasks",
-    retry_policy=RETRY,
 )
 def detect_data_drift(
     context: dg.AssetExecutionContext,
@@ -397,8 +393,7 @@ def _drift_cells(drift: "DataDrift", top: int) -> tuple[Sequence[str], list[Sequ
     ]  # fmt: skip
 
 
-@dg.multi_asset(
-    name="check_concept_drift",
+@step(
     specs=[
         spec(
             CONCEPT_DRIFT,
@@ -411,7 +406,6 @@ def _drift_cells(drift: "DataDrift", top: int) -> tuple[Sequence[str], list[Sequ
     ],
     check_specs=[STEADY],
     pool="monitoring_tasks",
-    retry_policy=RETRY,
 )
 def check_concept_drift(
     context: dg.AssetExecutionContext,
@@ -486,8 +480,7 @@ def _concept_status(drift: "ConceptDrift", detectors: Mapping[str, Mapping[str, 
     return drift.status
 
 
-@dg.multi_asset(
-    name="validate_feature_distribution",
+@step(
     specs=[
         spec(
             FEATURE_DISTRIBUTION,
@@ -500,7 +493,6 @@ def _concept_status(drift: "ConceptDrift", detectors: Mapping[str, Mapping[str, 
     ],
     check_specs=[IN_RANGE, ENOUGH],
     pool="monitoring_tasks",
-    retry_policy=RETRY,
 )
 def validate_feature_distribution(
     context: dg.AssetExecutionContext,
@@ -568,8 +560,7 @@ def _distribution_metadata(distribution: "FeatureDistribution") -> dict[str, Any
     }  # fmt: skip
 
 
-@dg.multi_asset(
-    name="generate_monitoring_report",
+@step(
     specs=[
         spec(
             REPORT,
@@ -580,7 +571,6 @@ def _distribution_metadata(distribution: "FeatureDistribution") -> dict[str, Any
         )
     ],
     pool="monitoring_tasks",
-    retry_policy=RETRY,
 )
 def generate_monitoring_report(
     context: dg.AssetExecutionContext,
@@ -780,8 +770,7 @@ def _figure(value: float | None) -> str:
     return "not determined" if value is None else f"{value:.3f}"
 
 
-@dg.multi_asset(
-    name="send_alerts_if_needed",
+@step(
     specs=[
         spec(
             ALERTS,
@@ -792,7 +781,6 @@ def _figure(value: float | None) -> str:
         )
     ],
     pool="alert_processing",
-    retry_policy=RETRY,
 )
 def send_alerts_if_needed(
     context: dg.AssetExecutionContext, pipeline: PipelineResource, alerts: dg.ResourceParam[Notifier]

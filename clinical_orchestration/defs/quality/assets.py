@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from clinical_orchestration.defs.common import RETRY, asset_key, markdown_table, spec
+from clinical_orchestration.defs.common import asset_key, markdown_table, spec, step
 from clinical_orchestration.defs.deployment.assets import CHAMPION
 from clinical_orchestration.defs.results import materialized
 from clinical_orchestration.resources import PipelineResource
@@ -32,8 +32,7 @@ RULES = dg.AssetCheckSpec(
 )
 
 
-@dg.multi_asset(
-    name="validate_data_quality",
+@step(
     specs=[
         spec(
             CLINICAL_DATA_QUALITY,
@@ -46,7 +45,6 @@ RULES = dg.AssetCheckSpec(
     ],
     check_specs=[SCORE, RULES],
     pool="data_validation",
-    retry_policy=RETRY,
 )
 def validate_data_quality(
     context: dg.AssetExecutionContext,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from clinical_orchestration.alerts.model import Alert, Notifier, Severity
-from clinical_orchestration.defs.common import RETRY, asset_key, markdown_table, spec
+from clinical_orchestration.defs.common import asset_key, markdown_table, spec, step
 from clinical_orchestration.defs.deployment.assets import CHAMPION
 from clinical_orchestration.defs.results import materialized, newest_result, result_of
 from clinical_orchestration.resources import PipelineResource
@@ -74,8 +74,7 @@ _DAY = timedelta(days=1)
 # --------------------------------------------------------------------------------------------------------- conditions
 
 
-@dg.multi_asset(
-    name="check_retraining_conditions",
+@step(
     specs=[
         spec(
             DECISION,
@@ -103,7 +102,6 @@ _DAY = timedelta(days=1)
         ),
     ],
     pool="monitoring_tasks",
-    retry_policy=RETRY,
 )
 def check_retraining_conditions(
     context: dg.AssetExecutionContext,
@@ -201,8 +199,7 @@ def _share(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-@dg.multi_asset(
-    name="skip_retraining",
+@step(
     specs=[
         spec(
             SKIPPED,
@@ -213,7 +210,6 @@ def _share(value: Any) -> float | None:
         )
     ],
     pool="monitoring_tasks",
-    retry_policy=RETRY,
 )
 def skip_retraining(context: dg.AssetExecutionContext, pipeline: PipelineResource) -> dg.MaterializeResult[Any]:
     """Say why nothing is trained."""
@@ -232,8 +228,7 @@ def skip_retraining(context: dg.AssetExecutionContext, pipeline: PipelineResourc
 # ----------------------------------------------------------------------------------------------------------- training
 
 
-@dg.multi_asset(
-    name="prepare_training_data",
+@step(
     specs=[
         spec(
             RETRAINING_SET,
@@ -245,7 +240,6 @@ def skip_retraining(context: dg.AssetExecutionContext, pipeline: PipelineResourc
         )
     ],
     pool="feature_engineering",
-    retry_policy=RETRY,
 )
 def prepare_training_data(
     context: dg.AssetExecutionContext, pipeline: PipelineResource, tables: dg.ResourceParam[TableStore]
@@ -301,8 +295,7 @@ def _split(rows: "pl.DataFrame", trial: str, share: float) -> tuple["pl.DataFram
     return rows.filter(~outside), rows.filter(outside)
 
 
-@dg.multi_asset(
-    name="retrain_model",
+@step(
     specs=[
         spec(
             CHALLENGER,
@@ -314,7 +307,6 @@ def _split(rows: "pl.DataFrame", trial: str, share: float) -> tuple["pl.DataFram
         )
     ],
     pool="model_training",
-    retry_policy=RETRY,
 )
 def retrain_model(
     context: dg.AssetExecutionContext,
@@ -480,8 +472,7 @@ def _holdout_bytes(probabilities: "Floats | list[float]") -> bytes:
 # --------------------------------------------------------------------------------------------- evaluation, comparison
 
 
-@dg.multi_asset(
-    name="evaluate_retrained_model",
+@step(
     specs=[
         spec(
             EVALUATION,
@@ -493,7 +484,6 @@ def _holdout_bytes(probabilities: "Floats | list[float]") -> bytes:
         )
     ],
     pool="mlflow_operations",
-    retry_policy=RETRY,
 )
 def evaluate_retrained_model(
     context: dg.AssetExecutionContext,
@@ -558,8 +548,7 @@ def _held_out(
     return held_out["label"].to_list(), probabilities, held_out["patient_id"].to_list(), held_out
 
 
-@dg.multi_asset(
-    name="compare_models",
+@step(
     specs=[
         spec(
             COMPARISON,
@@ -571,7 +560,6 @@ def _held_out(
         )
     ],
     pool="mlflow_operations",
-    retry_policy=RETRY,
 )
 def compare_models(
     context: dg.AssetExecutionContext,
@@ -713,8 +701,7 @@ def _champion_answers(
 # ---------------------------------------------------------------------------------------------- deployment, rollback
 
 
-@dg.multi_asset(
-    name="deploy_new_model",
+@step(
     specs=[
         spec(
             DEPLOYMENT,
@@ -726,7 +713,6 @@ def _champion_answers(
         )
     ],
     pool="model_serving",
-    retry_policy=RETRY,
 )
 def deploy_new_model(
     context: dg.AssetExecutionContext,
@@ -842,8 +828,7 @@ def _tell(
         alerts.resolve(rollback_key(profile.name), f"version {info.version} was promoted")
 
 
-@dg.multi_asset(
-    name="rollback_if_needed",
+@step(
     specs=[
         spec(
             OUTCOME,
@@ -855,7 +840,6 @@ def _tell(
         )
     ],
     pool="model_serving",
-    retry_policy=RETRY,
 )
 def rollback_if_needed(
     context: dg.AssetExecutionContext,

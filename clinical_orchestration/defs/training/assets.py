@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from clinical_orchestration import __version__
-from clinical_orchestration.defs.common import RETRY, asset_key, spec
+from clinical_orchestration.defs.common import asset_key, spec, step
 from clinical_orchestration.defs.results import find_result, materialized, result_of
 from clinical_orchestration.resources import PipelineResource
 from clinical_orchestration.stores.registry import EXPERIMENT, ModelRegistry
@@ -37,8 +37,7 @@ REGISTERED_VERSION = "models/registered_version"
 PLOTS = ("roc.png", "precision_recall.png", "calibration.png", "feature_importance.png")
 
 
-@dg.multi_asset(
-    name="setup_mlflow_experiment",
+@step(
     specs=[
         spec(
             MLFLOW_EXPERIMENT,
@@ -49,7 +48,6 @@ PLOTS = ("roc.png", "precision_recall.png", "calibration.png", "feature_importan
         )
     ],
     pool="mlflow_operations",
-    retry_policy=RETRY,
 )
 def setup_mlflow_experiment(
     pipeline: PipelineResource, registry: dg.ResourceParam[ModelRegistry]
@@ -68,8 +66,7 @@ def setup_mlflow_experiment(
     )
 
 
-@dg.multi_asset(
-    name="train_model",
+@step(
     specs=[
         spec(
             TRAINING_SET,
@@ -89,7 +86,6 @@ def setup_mlflow_experiment(
         ),
     ],
     pool="model_training",
-    retry_policy=RETRY,
 )
 def train_model(
     context: dg.AssetExecutionContext,
@@ -258,8 +254,7 @@ def _train(
     return version, run.run_id, result.chosen
 
 
-@dg.multi_asset(
-    name="evaluate_model",
+@step(
     specs=[
         spec(
             EVALUATION,
@@ -271,7 +266,6 @@ def _train(
         )
     ],
     pool="mlflow_operations",
-    retry_policy=RETRY,
 )
 def evaluate_model(
     context: dg.AssetExecutionContext, pipeline: PipelineResource, registry: dg.ResourceParam[ModelRegistry]
@@ -321,8 +315,7 @@ def evaluate_model(
     )
 
 
-@dg.multi_asset(
-    name="register_model",
+@step(
     specs=[
         spec(
             REGISTERED_VERSION,
@@ -334,7 +327,6 @@ def evaluate_model(
         )
     ],
     pool="mlflow_operations",
-    retry_policy=RETRY,
 )
 def register_model(
     context: dg.AssetExecutionContext, pipeline: PipelineResource, registry: dg.ResourceParam[ModelRegistry]
