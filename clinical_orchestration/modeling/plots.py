@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from clinical_orchestration.transforms.plotting import BLUE, GREY, INK, ORANGE, png
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,26 +15,6 @@ if TYPE_CHECKING:
     from clinical_orchestration.modeling.promotion import Decision
     from clinical_orchestration.modeling.results import Estimate, Evaluation
     from clinical_orchestration.modeling.train import CrossValidation, FeatureImportance
-
-_BLUE, _ORANGE, _GREY, _INK = "#1f5fa8", "#d9731a", "#8a8f98", "#22262b"
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": "#c4c8ce",
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e8eaee",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#4a4f57",
-    "ytick.color": "#4a4f57",
-    "legend.frameon": False,
-    "figure.dpi": 110,
-}
 
 
 def all_plots(cross_validation: CrossValidation, evaluation: Evaluation, curves: Curves) -> dict[str, bytes]:
@@ -53,14 +33,14 @@ def roc_plot(curves: Curves, evaluation: Evaluation, name: str) -> bytes:
 
     def draw(ax: Any) -> None:
         x = curves.false_positive_rate
-        ax.fill_between(x, curves.sensitivity_lower, curves.sensitivity_upper, color=_BLUE, alpha=0.16, lw=0)
-        ax.plot(x, curves.sensitivity, color=_BLUE, lw=2, label=f"AUROC {evaluation.auroc}")
-        ax.plot([0, 1], [0, 1], color=_GREY, lw=1, ls="--", label="no skill, 0.500")
+        ax.fill_between(x, curves.sensitivity_lower, curves.sensitivity_upper, color=BLUE, alpha=0.16, lw=0)
+        ax.plot(x, curves.sensitivity, color=BLUE, lw=2, label=f"AUROC {evaluation.auroc}")
+        ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--", label="no skill, 0.500")
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
         ax.set_title(f"ROC, {name}")
         ax.legend(loc="lower right")
 
-    return _figure(draw, (5.2, 5.0), _caption(evaluation))
+    return png(draw, (5.2, 5.0), caption=_caption(evaluation))
 
 
 def precision_recall_plot(curves: Curves, evaluation: Evaluation, name: str) -> bytes:
@@ -68,14 +48,14 @@ def precision_recall_plot(curves: Curves, evaluation: Evaluation, name: str) -> 
 
     def draw(ax: Any) -> None:
         x = curves.recall[1:]
-        ax.fill_between(x, curves.precision_lower[1:], curves.precision_upper[1:], color=_BLUE, alpha=0.16, lw=0)
-        ax.plot(x, curves.precision[1:], color=_BLUE, lw=2, label=f"AUPRC {evaluation.auprc}")
-        ax.axhline(evaluation.prevalence, color=_GREY, lw=1, ls="--", label=f"prevalence {evaluation.prevalence:.3f}")
+        ax.fill_between(x, curves.precision_lower[1:], curves.precision_upper[1:], color=BLUE, alpha=0.16, lw=0)
+        ax.plot(x, curves.precision[1:], color=BLUE, lw=2, label=f"AUPRC {evaluation.auprc}")
+        ax.axhline(evaluation.prevalence, color=GREY, lw=1, ls="--", label=f"prevalence {evaluation.prevalence:.3f}")
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall (sensitivity)", ylabel="precision (PPV)", aspect="equal")
         ax.set_title(f"Precision-recall, {name}")
         ax.legend(loc="upper right")
 
-    return _figure(draw, (5.2, 5.0), _caption(evaluation))
+    return png(draw, (5.2, 5.0), caption=_caption(evaluation))
 
 
 def calibration_plot(evaluation: Evaluation, name: str) -> bytes:
@@ -88,8 +68,8 @@ def calibration_plot(evaluation: Evaluation, name: str) -> bytes:
         low = np.array([_or(item.observed.lower, item.observed.value) for item in bins])
         high = np.array([_or(item.observed.upper, item.observed.value) for item in bins])
         top = min(1.0, 1.1 * max(0.1, float(max(high.max(initial=0), x.max(initial=0)))))
-        ax.plot([0, 1], [0, 1], color=_GREY, lw=1, ls="--", label="perfect")
-        ax.errorbar(x, y, yerr=[y - low, high - y], color=_BLUE, marker="o", ms=5, lw=1.6, elinewidth=1.1, capsize=2.5,
+        ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--", label="perfect")
+        ax.errorbar(x, y, yerr=[y - low, high - y], color=BLUE, marker="o", ms=5, lw=1.6, elinewidth=1.1, capsize=2.5,
                     label="observed, by tenth of rows")  # fmt: skip
         ax.set(xlim=(0, top), ylim=(0, top), xlabel="predicted probability", ylabel="observed share", aspect="equal")
         ax.set_title(f"Calibration, {name}")
@@ -97,10 +77,10 @@ def calibration_plot(evaluation: Evaluation, name: str) -> bytes:
             f"ECE {evaluation.ece}\nslope {evaluation.calibration_slope}\n"
             f"intercept {evaluation.calibration_intercept}\nBrier {evaluation.brier}"
         )
-        ax.text(0.97, 0.03, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=8.5, color=_INK)
+        ax.text(0.97, 0.03, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=8.5, color=INK)
         ax.legend(loc="upper left")
 
-    return _figure(draw, (5.2, 5.0), _caption(evaluation))
+    return png(draw, (5.2, 5.0), caption=_caption(evaluation))
 
 
 def importance_plot(importance: Sequence[FeatureImportance], name: str, top: int = 20) -> bytes:
@@ -115,7 +95,7 @@ def importance_plot(importance: Sequence[FeatureImportance], name: str, top: int
         drops = [item.drop for item in shown]
         ax.barh(
             [item.feature.replace("_", " ") for item in shown], drops, xerr=[item.deviation for item in shown],
-            color=[_BLUE if drop > 0 else _GREY for drop in drops], height=0.66, ecolor=_ORANGE,
+            color=[BLUE if drop > 0 else GREY for drop in drops], height=0.66, ecolor=ORANGE,
             error_kw={"elinewidth": 1.1},
         )  # fmt: skip
         ax.grid(visible=False, axis="y")
@@ -123,7 +103,8 @@ def importance_plot(importance: Sequence[FeatureImportance], name: str, top: int
         ax.set_xlabel("drop in AUROC when shuffled among held-out rows")
         ax.set_title(f"Feature importance, {name}")
 
-    return _figure(draw, (7.2, max(2.4, 0.28 * len(shown) + 1.2)), "Mean and standard deviation over folds by subject")
+    size = (7.2, max(2.4, 0.28 * len(shown) + 1.2))
+    return png(draw, size, caption="Mean and standard deviation over folds by subject")
 
 
 def _or(value: float | None, other: float | None) -> float:
@@ -137,22 +118,6 @@ def _caption(evaluation: Evaluation) -> str:
         f"Out-of-fold, grouped by subject: {evaluation.rows:,} rows, {evaluation.subjects:,} subjects, "
         f"{evaluation.events:,} events. 95 % intervals over subjects"
     )
-
-
-def _figure(draw: Callable[[Any], None], size: tuple[float, float], caption: str) -> bytes:
-    """Draw on a figure of its own: pyplot would keep every figure of a long-lived process."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure.add_subplot())
-        figure.supxlabel(caption, fontsize=7, color="#6a7079")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def evaluation_table(evaluation: Evaluation) -> str:

@@ -8,7 +8,6 @@ with something worse on these folds.
 
 from __future__ import annotations
 
-import io
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from clinical_orchestration.modeling.train import (
     assign_folds,
     candidates,
 )
+from clinical_orchestration.transforms.plotting import BLUE, GREY, ORANGE, png
 
 if TYPE_CHECKING:
     import optuna
@@ -205,25 +205,20 @@ def _trial(member: str, item: optuna.trial.FrozenTrial) -> Trial:
 
 def search_plot(search: Search) -> bytes:
     """Return the loss of each trial and the best so far, a panel a member, as PNG."""
-    import matplotlib
-    from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(3.6 * len(MEMBERS), 3.2), layout="constrained")
-        axes = figure.subplots(1, len(MEMBERS), squeeze=False)[0]
+    def draw(axes: Any) -> None:
         for ax, member in zip(axes, MEMBERS, strict=True):
             own = [trial for trial in search.trials if trial.member == member and trial.loss is not None]
             done = [trial for trial in own if trial.state == "complete"]
             pruned = [trial for trial in own if trial.state != "complete"]
-            ax.scatter([t.number for t in done], [t.loss for t in done], s=16, color="#1f5fa8", label="complete")
-            ax.scatter([t.number for t in pruned], [t.loss for t in pruned], s=16, color="#8a8f98", marker="x",
-                       label="pruned")  # fmt: skip
+            ax.scatter([t.number for t in done], [t.loss for t in done], s=16, color=BLUE, label="complete")
+            ax.scatter(
+                [t.number for t in pruned], [t.loss for t in pruned], s=16, color=GREY, marker="x", label="pruned"
+            )
             if done:
                 best = np.minimum.accumulate([float(t.loss or 0.0) for t in done])
-                ax.step([t.number for t in done], best, where="post", color="#d9731a", lw=1.5, label="best so far")
+                ax.step([t.number for t in done], best, where="post", color=ORANGE, lw=1.5, label="best so far")
             ax.set(title=member.replace("_", " "), xlabel="trial", ylabel="out-of-fold log loss")
-            ax.grid(color="#e8eaee")
-        axes[0].legend(loc="upper right", frameon=False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+        axes[0].legend(loc="upper right")
+
+    return png(draw, (3.6 * len(MEMBERS), 3.2), columns=len(MEMBERS))
