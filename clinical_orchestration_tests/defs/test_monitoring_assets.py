@@ -60,7 +60,7 @@ class Run:
 def nothing_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave Evidently and the drawing of plots out: they take seconds and have tests of their own."""
     monkeypatch.setattr(assets, "_evidently", lambda *_: None)
-    monkeypatch.setattr(plots, "_figure", lambda *_: b"\x89PNG")
+    monkeypatch.setattr(plots, "png", lambda *_, **__: b"\x89PNG")
 
 
 @pytest.fixture(scope="module")

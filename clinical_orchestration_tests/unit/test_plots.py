@@ -63,7 +63,7 @@ def test_plots_are_labelled_with_intervals(monkeypatch: pytest.MonkeyPatch) -> N
         texts.extend([caption, ax.get_xlabel(), ax.get_ylabel(), ax.get_title(loc="left"), ax.get_title()])
         return b""
 
-    monkeypatch.setattr(plots, "_figure", note)
+    monkeypatch.setattr(plots, "png", note)
     found = curves(cross_validation.labels, cross_validation.chosen_probabilities, cross_validation.subjects)
     plots.all_plots(cross_validation, evaluation, found)
     text = "\n".join(texts)
