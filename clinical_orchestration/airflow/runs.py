@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from clinical_orchestration.airflow.catalog import Catalog, Dag
 from clinical_orchestration.airflow.database import (
@@ -231,6 +231,30 @@ class RunBook:
                     sa.select(sa.func.count()).select_from(_RUNS).where(condition)
                 ).scalar_one()  # fmt: skip
         return [_dag_run(row) for row in rows], total
+
+    def latest(self, dag_ids: Sequence[str], count: int) -> dict[str, list[DagRun]]:
+        """Return the newest DAG runs of each DAG in one query, newest first; those without runs are left out.
+
+        Args:
+            dag_ids: ids of DAGs.
+            count: runs at most of each.
+        """
+        self.take_up()
+        mine = (
+            sa.select(*_RUN_COLUMNS)
+            .select_from(_RUNS)
+            .where(dag_runs.c.dag_id == sa.column("wanted", sa.Text))
+            .order_by(dag_runs.c.id.desc())
+            .limit(count)
+            .lateral("mine")
+        )
+        wanted = sa.func.unnest(sa.cast(list(dag_ids), ARRAY(sa.Text))).table_valued("wanted").render_derived()
+        query = sa.select(mine).select_from(wanted.join(mine, sa.true())).order_by(mine.c.id.desc())
+        found: dict[str, list[DagRun]] = {}
+        with self.engine.connect() as connection:
+            for row in connection.execute(query).mappings():
+                found.setdefault(row["dag_id"], []).append(_dag_run(row))
+        return found
 
     def get_run(self, dag_id: str, run_id: str) -> DagRun | None:
         """Return one DAG run, None where there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -31,7 +32,13 @@ class Bounded(Generic[_T]):
         self._fresh = fresh_seconds
         self._lock = threading.Lock()
         self._future: Future[_T] | None = None
-        self._began = 0.0
+        self._before: Future[_T] | None = None
+        self._began = -math.inf
+
+    def forget(self) -> None:
+        """Make the next call ask again, however new the last answer is; for after a change."""
+        with self._lock:
+            self._began = -math.inf
 
     def _current(self) -> Future[_T]:
         with self._lock:
@@ -39,6 +46,7 @@ class Bounded(Generic[_T]):
                 busy = not self._future.done()
                 if busy or time.monotonic() - self._began < self._fresh:
                     return self._future
+                self._before = self._future
             future: Future[_T] = Future()
             self._future = future
             self._began = time.monotonic()
@@ -64,3 +72,28 @@ class Bounded(Generic[_T]):
             # the shared call goes on; only this caller stops waiting
             raise TimeoutError(f"no answer within {self._limit:g} s")
         return waiter.result()
+
+
+class Background(Bounded[_T]):
+    """A bounded call that nobody waits for but the first: others get the answer before, while a new one is made.
+
+    No answer is older than the time between two calls and the limit together: once a new one is overdue, the old one
+    is not given any more.
+    """
+
+    async def __call__(self) -> _T:
+        """Return the newest answer there is.
+
+        Raises:
+            TimeoutError: there is none, and none came within the limit.
+            Exception: what the function raised in the newest call that ended.
+        """
+        current = self._current()
+        if current.done():
+            return current.result()
+        waited = time.monotonic() - self._began
+        if self._before is not None and waited < self._limit:
+            return self._before.result()
+        if waited >= self._limit:
+            raise TimeoutError(f"no answer within {self._limit:g} s")
+        return await super().__call__()
