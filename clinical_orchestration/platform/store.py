@@ -7,22 +7,20 @@ its own and closes it, so a store may be used before and after a fork, and by se
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from urllib.parse import urlsplit
 
 from clinical_orchestration.platform import reading
 from clinical_orchestration.platform.connection import Connection
 from clinical_orchestration.platform.crypto import Cipher
+from clinical_orchestration.platform.database import Database
+from clinical_orchestration.platform.database import StoreUnavailableError as StoreUnavailableError
+from clinical_orchestration.platform.database import address as address
 from clinical_orchestration.platform.masking import is_sensitive
 
 if TYPE_CHECKING:
     from datetime import datetime
-
-CONNECT_TIMEOUT_SECONDS = 3
-STATEMENT_TIMEOUT_MS = 5000
 
 _TABLES = """
 create table if not exists clinical_variable (
@@ -60,19 +58,9 @@ create table if not exists clinical_default (
     primary key (kind, name)
 );
 """
-# any fixed number; two processes that make the tables at once would else fail on PostgreSQL's own catalogue
-_LOCK = 7_260_411_905
-_UNDEFINED_TABLE = "42P01"  # SQLSTATE
+_LOCK = 7_260_411_906  # any fixed number: one process at a time loads the defaults
 
 _T = TypeVar("_T")
-
-
-class StoreUnavailableError(ConnectionError):
-    """PostgreSQL does not answer, or there is none; the message says where it was expected, without the password."""
-
-
-class _NoTableError(Exception):
-    """The tables have not been made yet."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +146,7 @@ class VariableWrite:
 Outcome = Literal["added", "replaced", "exists"]
 
 
-class PlatformStore:
+class PlatformStore(Database):
     """The tables in one database.
 
     Args:
@@ -168,12 +156,11 @@ class PlatformStore:
     Every method raises :class:`StoreUnavailableError` where the database does not answer.
     """
 
-    def __init__(self, url: str, cipher: Cipher | None = None) -> None:
-        self._url = url
-        self._cipher = cipher or Cipher.from_environment()
+    tables = _TABLES
 
-    def __repr__(self) -> str:
-        return f"PlatformStore({address(self._url)!r})"
+    def __init__(self, url: str, cipher: Cipher | None = None) -> None:
+        super().__init__(url)
+        self._cipher = cipher or Cipher.from_environment()
 
     @property
     def cipher(self) -> Cipher:
@@ -425,64 +412,11 @@ class PlatformStore:
 
     # ----------------------------------------------------------------------------------------------------- database
 
-    def create_tables(self) -> None:
-        """Make the tables where they are absent; safe beside other processes that do the same."""
-        with self._transaction() as cursor:
-            cursor.execute("select pg_advisory_xact_lock(%s)", (_LOCK,))
-            cursor.execute(_TABLES)
-
-    def check(self) -> None:
-        """Return when the database answers."""
-        with self._transaction() as cursor:
-            cursor.execute("select 1")
-
-    def _read(self, ask: Callable[[Any], _T], absent: _T) -> _T:
-        try:
-            with self._transaction() as cursor:
-                return ask(cursor)
-        except _NoTableError:
-            return absent
-
     def _write(self, ask: Callable[[Any], _T]) -> _T:
         try:
-            with self._transaction() as cursor:
-                return ask(cursor)
-        except _NoTableError:
-            self.create_tables()
-            with self._transaction() as cursor:
-                return ask(cursor)
+            return super()._write(ask)
         finally:
             reading.forget()  # this process sees its own change at once
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[Any]:
-        import psycopg2
-
-        if not self._url:
-            raise StoreUnavailableError("there is no PostgreSQL: POSTGRES_URL is not set")
-        scheme, separator, rest = self._url.partition("://")
-        try:
-            connection = psycopg2.connect(
-                f"{scheme.partition('+')[0]}{separator}{rest}", connect_timeout=CONNECT_TIMEOUT_SECONDS
-            )
-        except psycopg2.Error as error:
-            raise StoreUnavailableError(
-                f"PostgreSQL at {address(self._url)} does not answer ({_reason(error, self._url)}); start level 0 of "
-                "the stack, or correct POSTGRES_URL"
-            ) from None
-        try:
-            with connection, connection.cursor() as cursor:
-                cursor.execute(f"set local statement_timeout = {STATEMENT_TIMEOUT_MS}")
-                yield cursor
-        except psycopg2.Error as error:
-            # by its code: psycopg2.errors is filled late, and a thread beside the first import finds it empty
-            if error.pgcode == _UNDEFINED_TABLE:
-                raise _NoTableError from None
-            raise StoreUnavailableError(
-                f"PostgreSQL at {address(self._url)} refused or broke off ({_reason(error, self._url)})"
-            ) from None
-        finally:
-            connection.close()
 
 
 _INSERT_CONNECTION = (
@@ -514,22 +448,3 @@ def _connections(cursor: Any) -> dict[str, StoredConnection]:
         public = Connection(conn_id, conn_type, description, host, schema, login, None, port)
         found[conn_id] = StoredConnection(number, public, *rest)
     return found
-
-
-def address(url: str) -> str:
-    """Return host, port and database of a URL, without login and password."""
-    try:
-        parts = urlsplit(url)
-        return f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}"
-    except ValueError:
-        return "an address that cannot be read"
-
-
-def _reason(error: Exception, url: str) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
-    try:
-        password = urlsplit(url).password
-    except ValueError:
-        return type(error).__name__  # the text may quote what could not be read
-    return text.replace(password, "***") if password else text

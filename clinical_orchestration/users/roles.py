@@ -19,9 +19,9 @@ def _each(action: str, *resources: str) -> frozenset[Permission]:
 
 _VIEWER = (
     _each(
-        READ, "DAGs", "DAG Dependencies", "DAG Code", "DAG Runs", "Datasets", "Cluster Activity", "Pools", "ImportError",
-        "DAG Warnings", "Jobs", "My Password", "My Profile", "SLA Misses", "Task Instances", "Task Logs", "XComs",
-        "Website",
+        READ, "DAGs", "DAG Dependencies", "DAG Code", "DAG Runs", "Datasets", "Cluster Activity", "Pools",
+        "ImportError", "DAG Warnings", "Jobs", "My Password", "My Profile", "SLA Misses", "Task Instances",
+        "Task Logs", "XComs", "Website",
     )
     | _each(EDIT, "My Password", "My Profile")
     | _each(
