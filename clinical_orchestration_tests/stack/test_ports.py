@@ -21,7 +21,12 @@ PICK = "from clinical_orchestration.stack.ports import Reservations as R; r = R(
 @pytest.fixture
 def three_ports(monkeypatch: pytest.MonkeyPatch) -> int:
     """Leave three ports to pick from; return the first."""
-    first = Reservations().pick()
+    looking = Reservations()
+    while True:
+        first = looking.pick()
+        if all(looking.reserve(port) and port_is_free(port) for port in (first + 1, first + 2)):
+            break
+    looking.close()
     monkeypatch.setattr(ports, "FIRST", first)
     monkeypatch.setattr(ports, "LAST", first + 2)
     return first
