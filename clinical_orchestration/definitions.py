@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import dagster as dg
 
 from clinical_orchestration.defs import (
@@ -25,8 +27,12 @@ STAGES = (ingestion, features, training, deployment, quality, data_quality, moni
 
 def build_definitions(resources: dict[str, object] | None = None) -> dg.Definitions:
     """Return the definitions; `resources` replaces those of the deployment by key."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)  # one for each asset otherwise
+        # the Dagster UI and Airflow's API show the code of an asset by these references
+        assets = dg.with_source_code_references([asset for stage in STAGES for asset in stage.ASSETS])
     return dg.Definitions(
-        assets=[asset for stage in STAGES for asset in stage.ASSETS],
+        assets=assets,
         jobs=JOBS,
         schedules=SCHEDULES,
         sensors=[*sensors.SENSORS, *retraining.SENSORS],

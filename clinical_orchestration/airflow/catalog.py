@@ -38,6 +38,8 @@ class Task:
     description: str = ""
     assets: tuple[str, ...] = ()
     """Keys of the assets that it makes, ``layer/table``."""
+    code: tuple[str, int] | None = None
+    """File and line of the function that makes them."""
 
     @property
     def starts(self) -> bool:
@@ -172,7 +174,7 @@ def dags_of(snapshot: RepositorySnap, jobs: Mapping[str, JobSnap], location: str
                 sensor_names=tuple(sorted(sensors.get(name, ()))),
                 location=location,
                 repository=snapshot.name,
-                files=_files(node for nodes in steps.values() for node in nodes),
+                files=tuple(dict.fromkeys(task.code[0] for task in tasks.values() if task.code is not None)),
             )
         )
     return sorted(dags, key=lambda dag: dag.dag_id)
@@ -188,16 +190,15 @@ def _previous(cron: str, timezone: str, moment: datetime, inclusive: bool = Fals
     raise ValueError(f"the cron expression {cron!r} has no tick before {moment.isoformat()}")
 
 
-def _files(nodes: Iterable[Any]) -> tuple[str, ...]:
-    """Return the files that the assets' code references name."""
-    found: dict[str, None] = {}
+def _code(nodes: Iterable[Any]) -> tuple[str, int] | None:
+    """Return file and line that the code references of assets name."""
     for node in nodes:
         references = (node.metadata or {}).get("dagster/code_references")
         for one in getattr(references, "code_references", ()):
             path = getattr(one, "file_path", None)
             if path:
-                found[str(path)] = None
-    return tuple(found)
+                return str(path), int(one.line_number or 1)
+    return None
 
 
 def _steps(job: JobSnap) -> list[str]:
@@ -258,4 +259,5 @@ def _task(
         trigger_rule="none_failed" if step is None and len(above) > 1 else "all_success",
         description=" ".join(node.description for node in nodes if node.description),
         assets=tuple(sorted(node.asset_key.to_user_string() for node in nodes)),
+        code=_code(nodes),
     )

@@ -285,14 +285,27 @@ def time_delta(span: timedelta) -> dict[str, Any]:
 
 
 def source_of(dag: Dag) -> str:
-    """Return the code of the assets of a DAG, file by file; a note where the files are on another machine."""
-    parts = []
+    """Return the code of a DAG's assets: where each task's is, with links into the Dagster UI, then file by file.
+
+    A note stands for a file that is on another machine.
+    """
+    lines = [f"# {dag.dag_id}: {dag.description}", "#"]
+    for task in dag.tasks.values():
+        if task.step is not None:
+            where = f"{_short(task.code[0])}:{task.code[1]}" if task.code else f"code location {dag.location}"
+            lines.append(f"# {task.task_id}  {where}")
+            lines += [f"#   /dagster/assets/{asset}" for asset in task.assets]
+    parts = ["\n".join(lines)]
     for name in dag.files:
         try:
-            parts.append(f"# {Path(name).name}\n{Path(name).read_text(encoding='utf-8')}")
+            parts.append(f"# --- {_short(name)} ---\n{Path(name).read_text(encoding='utf-8')}")
         except OSError:
-            parts.append(f"# {Path(name).name} is on the machine of the code location {dag.location}\n")
-    return "\n\n".join(parts) or f"# The code location {dag.location} does not say where the code of {dag.dag_id} is.\n"
+            parts.append(f"# --- {_short(name)} --- is on the machine of the code location {dag.location}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _short(file: str) -> str:
+    return "/".join(Path(file).parts[-3:])
 
 
 def _described(dag: Dag) -> str:
