@@ -447,7 +447,9 @@ class FeatureStore(_TablesClient):
             from clinical_orchestration.stores.online import RedisOnlineStore
 
             self._store = RedisOnlineStore(
-                self._settings.redis_url.get_secret_value(), Variables().feature_store_redis_prefix
+                self._settings.redis_url.get_secret_value(),
+                Variables().feature_store_redis_prefix,
+                retries=0,  # somebody waits for the answer
             )
         return self._store
 

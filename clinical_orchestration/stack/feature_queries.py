@@ -46,7 +46,7 @@ class Stores:
         return cls(
             load_trial(trial),
             DeltaTableStore.from_settings(settings),
-            RedisOnlineStore(settings.redis_url.get_secret_value(), Variables().feature_store_redis_prefix),
+            RedisOnlineStore(settings.redis_url.get_secret_value(), Variables().feature_store_redis_prefix, retries=0),
         )
 
     def keys(self) -> pl.DataFrame:

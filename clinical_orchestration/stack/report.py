@@ -193,7 +193,7 @@ def read_online(trial: str) -> tuple[int, str | None]:
     from clinical_orchestration.stores.online import RedisOnlineStore
 
     url, prefix = ClientSettings().redis_url.get_secret_value(), Variables().feature_store_redis_prefix
-    store = RedisOnlineStore(url, prefix)
+    store = RedisOnlineStore(url, prefix, retries=0)  # somebody waits for the answer
     try:
         count = store.count()
     finally:

@@ -172,7 +172,7 @@ def test_a_server_that_is_not_there_is_named_without_the_password() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    store = RedisOnlineStore(f"redis://user:hunter2@127.0.0.1:{port}/0")
+    store = RedisOnlineStore(f"redis://user:hunter2@127.0.0.1:{port}/0", longest_pause_seconds=0.01)
     with pytest.raises(OnlineStoreError, match=f"127.0.0.1:{port} does not answer") as failure:
         store.get("P1")
     assert "hunter2" not in str(failure.value)
