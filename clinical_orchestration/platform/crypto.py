@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from typing import TYPE_CHECKING
 
@@ -23,9 +24,28 @@ class SecretKeyError(RuntimeError):
 
 def new_key() -> str:
     """Return a new random key."""
-    import base64
-
     return base64.urlsafe_b64encode(os.urandom(32)).decode()
+
+
+def raw_keys(keys: str, what: str) -> list[bytes]:
+    """Return the keys of a comma-separated list, 32 bytes each; an empty text has none. `what` names what needs them.
+
+    Raises:
+        SecretKeyError: one of them is no Fernet key.
+    """
+    found = []
+    for number, part in enumerate(keys.split(",") if keys.strip() else (), 1):
+        try:
+            key = base64.urlsafe_b64decode(part.strip())
+        except ValueError:
+            key = b""
+        if len(key) != 32:
+            raise SecretKeyError(
+                f"key {number} in {FERNET_KEY} is not a Fernet key (32 bytes in URL-safe base64, 44 "
+                f"characters), so {what} cannot be read or stored; correct it"
+            )
+        found.append(key)
+    return found
 
 
 class Cipher:
@@ -88,16 +108,7 @@ class Cipher:
                 raise SecretKeyError(f"{what} is a secret, and there is no key for secrets; {_CURE_MISSING}")
             from cryptography.fernet import Fernet, MultiFernet
 
-            parts = []
-            for number, part in enumerate(self._keys.split(","), 1):
-                try:
-                    parts.append(Fernet(part.strip().encode()))
-                except (ValueError, TypeError):
-                    raise SecretKeyError(
-                        f"key {number} in {FERNET_KEY} is not a Fernet key (32 bytes in URL-safe base64, 44 "
-                        f"characters), so {what} cannot be read or stored; correct it"
-                    ) from None
-            self._fernet = MultiFernet(parts)
+            self._fernet = MultiFernet([Fernet(base64.urlsafe_b64encode(key)) for key in raw_keys(self._keys, what)])
         return self._fernet
 
 

@@ -20,8 +20,8 @@ class StoreUnavailableError(ConnectionError):
     """PostgreSQL does not answer, or there is none; the message says where it was expected, without the password."""
 
 
-class _NoTableError(Exception):
-    """The tables have not been made yet."""
+class NoTableError(Exception):
+    """The tables have not been made yet; each method says what that means to it."""
 
 
 class Database:
@@ -59,27 +59,35 @@ class Database:
         try:
             with self._transaction() as cursor:
                 return ask(cursor)
-        except _NoTableError:
+        except NoTableError:
             return absent
 
     def _write(self, ask: Callable[[Any], _T]) -> _T:
         try:
             with self._transaction() as cursor:
                 return ask(cursor)
-        except _NoTableError:
+        except NoTableError:
             self.create_tables()
             with self._transaction() as cursor:
                 return ask(cursor)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Any]:
+        connection = self._connect()
+        try:
+            with self._within(connection) as cursor:
+                yield cursor
+        finally:
+            connection.close()
+
+    def _connect(self) -> Any:
         import psycopg2
 
         if not self._url:
             raise StoreUnavailableError("there is no PostgreSQL: POSTGRES_URL is not set")
         scheme, separator, rest = self._url.partition("://")
         try:
-            connection = psycopg2.connect(
+            return psycopg2.connect(
                 f"{scheme.partition('+')[0]}{separator}{rest}", connect_timeout=CONNECT_TIMEOUT_SECONDS
             )
         except psycopg2.Error as error:
@@ -87,6 +95,11 @@ class Database:
                 f"PostgreSQL at {address(self._url)} does not answer ({_reason(error, self._url)}); start level 0 of "
                 "the stack, or correct POSTGRES_URL"
             ) from None
+
+    @contextlib.contextmanager
+    def _within(self, connection: Any) -> Iterator[Any]:
+        import psycopg2
+
         try:
             with connection, connection.cursor() as cursor:
                 cursor.execute(f"set local statement_timeout = {STATEMENT_TIMEOUT_MS}")
@@ -94,12 +107,10 @@ class Database:
         except psycopg2.Error as error:
             # by its code: psycopg2.errors is filled late, and a thread beside the first import finds it empty
             if error.pgcode == _UNDEFINED_TABLE:
-                raise _NoTableError from None
+                raise NoTableError from None
             raise StoreUnavailableError(
                 f"PostgreSQL at {address(self._url)} refused or broke off ({_reason(error, self._url)})"
             ) from None
-        finally:
-            connection.close()
 
 
 def address(url: str) -> str:

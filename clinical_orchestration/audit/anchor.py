@@ -1,0 +1,116 @@
+"""The newest hashes of the trail in a file outside of the database, so that rows taken off its end are missed.
+
+``head.jsonl`` has one line a row that was recorded: number, hash, and a signature where there is a key. A line is
+written after the row's transaction, so that a crash between the two leaves the anchor behind the trail and never
+before it; the next line makes up for it. A line that a crash cut off is passed over. The file becomes ``head.jsonl.1``
+when it is full, in place of the older one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from clinical_orchestration.audit.chain import Row
+from clinical_orchestration.audit.keys import Signer, UnknownKeyError
+
+FULL_BYTES = 1_000_000
+_LINE_BYTES = 4096  # more than one line has
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """What the file holds: hashes by row number, and the number of the first line whose signature is wrong, or 0."""
+
+    hashes: dict[int, str]
+    forged: int
+
+
+class Anchor:
+    """The file of one trail.
+
+    Args:
+        path: where it lies; its folder is made, for its owner only.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._older = path.with_name(f"{path.name}.1")
+
+    @property
+    def exists(self) -> bool:
+        """Whether something was ever anchored here."""
+        return self.path.exists() or self._older.exists()
+
+    def append(self, row: Row, signer: Signer | None) -> None:
+        """Name a row, unless a newer one is named already.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(self.path.with_name("lock"), os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._append(row, signer)
+        finally:
+            os.close(lock)
+
+    def _append(self, row: Row, signer: Signer | None) -> None:
+        handle = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600)
+        try:
+            size = os.fstat(handle).st_size
+            tail = os.pread(handle, _LINE_BYTES, max(0, size - _LINE_BYTES))
+            if max((seq for seq, *_ in _lines(tail)), default=0) >= row.seq:
+                return
+            line = {"seq": row.seq, "hash": row.hash}
+            if signer is not None:
+                line |= {"key_id": signer.current, "mac": signer.sign(_named(row.seq, row.hash))}
+            cut_off = b"" if tail.endswith(b"\n") or not tail else b"\n"
+            os.write(handle, cut_off + json.dumps(line).encode() + b"\n")
+        finally:
+            os.close(handle)
+        if size > FULL_BYTES:
+            os.replace(self.path, self._older)
+
+    def read(self, signer: Signer | None) -> Anchors:
+        """Return what was anchored, the older file's part too.
+
+        Raises:
+            OSError: a file is there and cannot be read.
+        """
+        hashes: dict[int, str] = {}
+        forged = 0
+        for path in (self._older, self.path):
+            content = path.read_bytes() if path.exists() else b""
+            for seq, digest, key_id, mac in _lines(content):
+                hashes[seq] = digest
+                if signer is not None and not forged and not _right(signer, seq, digest, key_id, mac):
+                    forged = seq
+        return Anchors(hashes, forged)
+
+
+def _named(seq: int, digest: str) -> str:
+    return f"anchor {seq} {digest}"
+
+
+def _right(signer: Signer, seq: int, digest: str, key_id: str | None, mac: str | None) -> bool:
+    if key_id is None or mac is None:
+        return True  # of a time without a key; the row that it names has to be accounted for
+    try:
+        return signer.check(key_id, _named(seq, digest), mac)
+    except UnknownKeyError:
+        return False
+
+
+def _lines(content: bytes) -> Iterator[tuple[int, str, str | None, str | None]]:
+    for line in content.split(b"\n"):
+        try:
+            found = json.loads(line)
+            yield int(found["seq"]), str(found["hash"]), found.get("key_id"), found.get("mac")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue  # cut off by a crash, or where the window of the tail begins
