@@ -58,7 +58,7 @@ create table if not exists clinical_default (
     primary key (kind, name)
 );
 """
-_LOCK = 7_260_411_906  # any fixed number: one process at a time loads the defaults
+_LOCK = 7_260_411_907  # any fixed number: one process at a time loads the defaults
 
 _T = TypeVar("_T")
 
