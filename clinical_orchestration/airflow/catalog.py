@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from dagster._core.snap import JobSnap
 
 DEFAULT_POOL = "default_pool"
+DEFAULT_SLOTS = 128
+"""What Airflow gives the pool of tasks without one; nothing limits those here."""
 MARKERS = ("start_", "end_")
 
 

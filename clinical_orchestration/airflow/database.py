@@ -123,6 +123,12 @@ event_logs = sa.table(
     sa.column("step_key", sa.Text),
     sa.column("asset_key", sa.Text),
 )
+job_ticks = sa.table(
+    "job_ticks",
+    sa.column("selector_id", sa.Text),
+    sa.column("status", sa.Text),
+    sa.column("timestamp", sa.DateTime),
+)
 
 _LOCK = 0x436C696E6F7263  # advisory lock around the creation of the tables
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from clinical_orchestration.airflow.catalog import DEFAULT_POOL
+from clinical_orchestration.airflow.catalog import DEFAULT_POOL, DEFAULT_SLOTS
 from clinical_orchestration.airflow.control import Control
-from clinical_orchestration.airflow.runs import TaskFilter
+from clinical_orchestration.airflow.figures import tasks_by_pool
+from clinical_orchestration.airflow.states import RUNNING, SCHEDULED
 from clinical_orchestration.api.call import Body, Call
 from clinical_orchestration.api.problems import Problem, bad_request, conflict, not_found
 from clinical_orchestration.instance import delete_pool, pool_slots, set_pool
@@ -23,7 +24,6 @@ _POOL_FIELDS = ("name", "slots", "description", "include_deferred")
 _POOL_READ_ONLY = (
     "occupied_slots", "running_slots", "queued_slots", "open_slots", "scheduled_slots", "deferred_slots",
 )  # fmt: skip
-DEFAULT_SLOTS = 128
 
 
 class StoredRoutes:
@@ -246,21 +246,14 @@ class StoredRoutes:
         raise not_found(None, f"Pool with name:'{name}' not found")
 
     def _pools(self) -> list[dict[str, Any]]:
-        running = self._active("running")
-        scheduled = self._active("scheduled")
+        running = tasks_by_pool(self.control, RUNNING)
+        scheduled = tasks_by_pool(self.control, SCHEDULED)
         known = self._store().pools()
         slots = {DEFAULT_POOL: DEFAULT_SLOTS, **pool_slots(self.control.instance())}
         return [
             _show_pool(name, limit, known.get(name), running.get(name, 0), scheduled.get(name, 0))
             for name, limit in slots.items()
         ]
-
-    def _active(self, state: str) -> dict[str, int]:
-        tasks, _ = self.control.runs.list_tasks(TaskFilter(states=[state]), limit=1000)
-        counts: dict[str, int] = {}
-        for task in tasks:
-            counts[task.pool] = counts.get(task.pool, 0) + 1
-        return counts
 
     def _write_pool(self, name: str, slots: int, info: PoolInfo) -> None:
         try:

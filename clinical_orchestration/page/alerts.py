@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 SHOWN = 50
 
 
-def read_alerts(postgres_url: str) -> AlertsView:
-    """Return open alerts, those resolved in the last seven days, and the channels.
+def read_alerts(postgres_url: str, limit: int = SHOWN) -> AlertsView:
+    """Return open alerts, those resolved in the last seven days, at most `limit` of each, and the channels.
 
     Raises:
         ConnectionError: there is no database to ask; each process then keeps its alerts to itself and to the log.
@@ -23,7 +23,7 @@ def read_alerts(postgres_url: str) -> AlertsView:
 
     if not postgres_url:
         raise ConnectionError("no database is configured")
-    return PostgresAlertStore(postgres_url, timeout_seconds=2.0).view(datetime.now(UTC), Rules(), limit=SHOWN)
+    return PostgresAlertStore(postgres_url, timeout_seconds=2.0).view(datetime.now(UTC), Rules(), limit=limit)
 
 
 def browser_link(where: str) -> str | None:
