@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
@@ -21,13 +22,17 @@ from clinical_orchestration.airflow.control import ConflictError, Control, Refus
 from clinical_orchestration.api.call import Call, call_of
 from clinical_orchestration.api.dags import DagRoutes
 from clinical_orchestration.api.datasets import DatasetRoutes
+from clinical_orchestration.api.event_logs import EventLogRoutes
 from clinical_orchestration.api.platform import PlatformRoutes
 from clinical_orchestration.api.problems import Problem
+from clinical_orchestration.api.recording import ChangeLog, changes
 from clinical_orchestration.api.runs import RunRoutes
 from clinical_orchestration.api.stored import StoredRoutes
 from clinical_orchestration.api.tasks import TaskRoutes
+from clinical_orchestration.audit.trail import AuditError
 
 if TYPE_CHECKING:
+    from clinical_orchestration.audit.trail import AuditTrail
     from clinical_orchestration.platform.store import PlatformStore
 
 _logger = logging.getLogger("clinical_orchestration.api")
@@ -190,6 +195,12 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation("GET", "/datasets/{uri:path}", "get_dataset", _needs((READ, "Datasets"))),
     Operation(
+        "GET", "/eventLogs", "get_event_logs", _needs((READ, _DAG), (READ, "Audit Logs")),
+        (*_LISTED, "dag_id", "task_id", "run_id", "map_index", "try_number", "event", "owner", "before", "after",
+         "included_events", "excluded_events"),
+    ),
+    Operation("GET", "/eventLogs/{event_log_id}", "get_event_log", _needs((READ, _DAG), (READ, "Audit Logs"))),
+    Operation(
         "GET", "/importErrors", "get_import_errors", _needs((READ, "ImportError")), _LISTED
     ),
     Operation("GET", "/importErrors/{import_error_id}", "get_import_error", _needs((READ, "ImportError"))),
@@ -224,6 +235,7 @@ def create_api(
     *,
     settings: Callable[[], Mapping[str, Mapping[str, str]]] = dict,
     gate: Gate | None = None,
+    trail: AuditTrail | None = None,
 ) -> Router:
     """Return the application to be mounted at ``/api/v1``.
 
@@ -232,6 +244,7 @@ def create_api(
         store: returns the store of connections, variables and pools.
         settings: sections for ``/config``.
         gate: who may do what; default: everybody everything.
+        trail: where changes are recorded; default: nowhere.
     """
     rooms: list[Any] = [
         DagRoutes(control),
@@ -240,12 +253,20 @@ def create_api(
         DatasetRoutes(control),
         StoredRoutes(control, store),
         PlatformRoutes(control, settings),
+        EventLogRoutes(trail),
     ]
+
+    def handler(name: str) -> Callable[[Call], Any]:
+        found: Callable[[Call], Any] = next(getattr(room, name) for room in rooms if hasattr(room, name))
+        return found
+
     keeper = gate or OpenGate()
+    log = ChangeLog(trail, handler) if trail is not None else None
     by_path: dict[str, dict[str, Callable[[Request], Any]]] = {}
     for operation in OPERATIONS:
-        handler = next(getattr(room, operation.name) for room in rooms if hasattr(room, operation.name))
-        by_path.setdefault(operation.path, {})[operation.method] = _endpoint(operation, handler, keeper)
+        recorded = log if changes(operation) else None
+        answer = _endpoint(operation, handler(operation.name), keeper, recorded)
+        by_path.setdefault(operation.path, {})[operation.method] = answer
     routes = [
         Route(path, _dispatch(methods), methods=["GET", "POST", "PATCH", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE"])
         for path, methods in by_path.items()
@@ -271,24 +292,37 @@ async def _unknown(scope: Any, receive: Any, send: Any) -> None:
     await problem.response()(scope, receive, send)
 
 
-def _endpoint(operation: Operation, handler: Callable[[Call], Any], gate: Gate) -> Callable[[Request], Any]:
+def _endpoint(
+    operation: Operation, handler: Callable[[Call], Any], gate: Gate, log: ChangeLog | None
+) -> Callable[[Request], Any]:
+    """Return what answers an operation; `log` records it where it is one that changes something."""
     known = frozenset(operation.query)
 
     async def endpoint(request: Request) -> Response:
         try:
-            user = await run_in_threadpool(gate.enter, request, operation.permissions)
+            try:
+                user = await run_in_threadpool(gate.enter, request, operation.permissions)
+            except Problem as problem:
+                if log is not None and problem.status in (401, 403):
+                    await run_in_threadpool(log.refused, operation, await call_of(request), problem.status)
+                raise
             call = await call_of(request)
             call.user = user
             extra = sorted(set(call.query) - known)
             if extra:
                 raise Problem(400, f"Extra query parameter(s) {', '.join(extra)} not in spec")
-            answer = await run_in_threadpool(handler, call)
+            answer = await run_in_threadpool(handler if log is None else partial(log.run, operation), call)
         except Problem as problem:
             return problem.response()
         except UnknownError as error:
             return Problem(404, str(error)).response()
         except ConflictError as error:
             return Problem(409, str(error)).response()
+        except AuditError as error:
+            _logger.error("%s was not carried out: %s", operation.name, error)
+            return Problem(503, "The audit trail cannot be written, so nothing was changed.").response(
+                {"Retry-After": "3"}
+            )
         except RefusedError as error:
             return Problem(503, str(error)).response({"Retry-After": "3"})
         except Exception:

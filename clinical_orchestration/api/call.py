@@ -25,7 +25,7 @@ _TIME = re.compile(r"^\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?)?\s
 
 @dataclass
 class Call:
-    """What a handler gets. `user` is the name of who asks."""
+    """What a handler gets. `user` is the name of who asks, `origin` by which way: ``api``, ``page``."""
 
     path: Mapping[str, str]
     query: Mapping[str, list[str]] = field(default_factory=dict)
@@ -34,6 +34,7 @@ class Call:
     accept: str = ""
     user: str = "anonymous"
     client: str = ""
+    origin: str = "api"
 
     def text(self, name: str, default: str | None = None) -> str | None:
         """Return a query parameter's last value."""
@@ -249,13 +250,16 @@ async def call_of(request: Request) -> Call:
     query: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
         query.setdefault(name, []).append(value)
+    identity = getattr(request.state, "identity", None)
     return Call(
         path=request.path_params,
         query=query,
         content=await request.body(),
         content_type=request.headers.get("content-type", ""),
         accept=request.headers.get("accept", ""),
+        user=getattr(identity, "name", "anonymous"),
         client=request.client.host if request.client else "",
+        origin="page" if request.headers.get("x-requested-with") == "page" else "api",
     )
 
 

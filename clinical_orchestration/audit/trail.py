@@ -151,11 +151,14 @@ class Filter:
     def where(self) -> tuple[str, list[Any]]:
         """Return the condition in SQL and its parameters."""
         names = ("dag_id", "task_id", "run_id", "map_index", "try_number", "who", "event")
-        terms = [(f"{name} = %s", getattr(self, name)) for name in names if getattr(self, name) is not None]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        terms: list[tuple[str, Any]] = [
+            (f"{name} = %s", _name(value) if isinstance(value, str) else value) for name, value in given.items()
+        ]
         if self.included:
-            terms.append(("event = any(%s)", list(self.included)))
+            terms.append(("event = any(%s)", [_name(one) for one in self.included]))
         if self.excluded:
-            terms.append(("event <> all(%s)", list(self.excluded)))
+            terms.append(("event <> all(%s)", [_name(one) for one in self.excluded]))
         if self.before is not None:
             terms.append(("at < %s", self.before))
         if self.after is not None:
