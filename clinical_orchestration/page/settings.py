@@ -24,6 +24,12 @@ class PageSettings(BaseSettings):
     allow_remote: bool = Field(
         False, alias="CLINICAL_PAGE_ALLOW_REMOTE", description="True lets the page listen on other than loopback."
     )
+    service_token: SecretStr = Field(
+        SecretStr(""), alias="CLINICAL_SERVICE_TOKEN", description="Bearer token of the stack itself."
+    )
+    admin_password: SecretStr = Field(
+        SecretStr(""), alias="CLINICAL_ADMIN_PASSWORD", description="Password of the first user, admin."
+    )
     allowed_hosts: str = Field(
         "", alias="CLINICAL_PAGE_ALLOWED_HOSTS", description="Host names, comma-separated, that requests may name too."
     )
