@@ -35,11 +35,6 @@ class Bounded(Generic[_T]):
         self._before: Future[_T] | None = None
         self._began = -math.inf
 
-    def forget(self) -> None:
-        """Make the next call ask again, however new the last answer is; for after a change."""
-        with self._lock:
-            self._began = -math.inf
-
     def _current(self) -> Future[_T]:
         with self._lock:
             if self._future is not None:
@@ -72,6 +67,19 @@ class Bounded(Generic[_T]):
             # the shared call goes on; only this caller stops waiting
             raise TimeoutError(f"no answer within {self._limit:g} s")
         return waiter.result()
+
+    async def anew(self) -> _T:
+        """Return an answer to a call that begins now or later, however new the last one is; for after a change.
+
+        Raises:
+            TimeoutError: there was none within twice the limit.
+            Exception: what the function raised.
+        """
+        if self._future is not None and not self._future.done():
+            await asyncio.wait({asyncio.wrap_future(self._future)}, timeout=self._limit)
+        with self._lock:
+            self._began = -math.inf
+        return await self()
 
 
 class Background(Bounded[_T]):

@@ -1,47 +1,76 @@
-"""Pipelines, schedules and latest runs, as the front page shows them."""
+"""Pipelines as the front page shows them: schedule, switch, and the newest runs as bars.
+
+Read through the same view as the API at ``/api/v1``, so that both tell the same.
+"""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from clinical_orchestration.airflow.states import FAILED, FINISHED, QUEUED, RUNNING
+from clinical_orchestration.api.dags import file_token, schedule_interval
 
 if TYPE_CHECKING:
-    from dagster._core.remote_representation.external import RemoteSchedule
-    from dagster._core.workspace.context import WorkspaceProcessContext
+    from clinical_orchestration.airflow.catalog import Dag
+    from clinical_orchestration.airflow.control import Control
+    from clinical_orchestration.airflow.runs import DagRun
 
-RUNS_SHOWN = 5
-_WORDS = {"SUCCESS": "good", "FAILURE": "bad", "CANCELED": "bad", "STARTED": "busy", "CANCELING": "busy"}
+RUNS_SHOWN = 25
+BAR_STEPS = 16
+"""Heights of bars; the style sheet has a class for each."""
 
 
 @dataclass(frozen=True)
-class RunView:
-    """One run; times in UTC, `seconds` its duration (so far, while it runs)."""
+class Bar:
+    """One run; `seconds` is its duration, so far while it runs; `height` 1 to :data:`BAR_STEPS`."""
 
     run_id: str
-    status: str
+    state: str
     started: datetime | None
     seconds: float | None
+    height: int
     link: str
 
     @property
-    def kind(self) -> str:
-        """How to colour the status: good, bad, busy or idle."""
-        return _WORDS.get(self.status, "idle")
+    def text(self) -> str:
+        """State, time, duration and id in words."""
+        when = f"started {self.started:%Y-%m-%d %H:%M:%S} UTC" if self.started else "not started"
+        took = "" if self.seconds is None else f", {duration(self.seconds)}{' so far' if self.state == RUNNING else ''}"
+        return f"{self.state}, {when}{took}, {self.run_id}"
 
 
 @dataclass(frozen=True)
 class PipelineView:
-    """One job with its schedule."""
+    """One pipeline; `bars` oldest first, `links` (label, address) into the Dagster UI."""
 
-    name: str
+    dag_id: str
     description: str
-    schedule: str | None
-    schedule_running: bool
+    tags: tuple[str, ...]
+    cron: str | None
+    every: str
+    paused: bool
     next_tick: datetime | None
-    runs: tuple[RunView, ...]
-    link: str
+    bars: tuple[Bar, ...]
+    links: tuple[tuple[str, str], ...]
+
+    @property
+    def last(self) -> Bar | None:
+        """The newest run."""
+        return self.bars[-1] if self.bars else None
+
+    @property
+    def failing(self) -> bool:
+        """Whether the newest run that has ended failed."""
+        return next((bar.state == FAILED for bar in reversed(self.bars) if bar.state in FINISHED), False)
+
+    @property
+    def working(self) -> int:
+        """Runs among those shown that run or wait."""
+        return sum(bar.state in (RUNNING, QUEUED) for bar in self.bars)
 
 
 @dataclass(frozen=True)
@@ -52,63 +81,93 @@ class PipelinesView:
     problems: tuple[str, ...]
 
 
-def read_pipelines(context: WorkspaceProcessContext, prefix: str) -> PipelinesView:
-    """Read jobs, schedules and the latest runs of every code location.
+def read_pipelines(control: Control, prefix: str) -> PipelinesView:
+    """Return every pipeline with its switch and newest runs, by name.
 
     Args:
-        context: the workspace; its instance is asked for runs and for the state of the schedules.
+        control: Airflow's view of the instance.
         prefix: path under which the Dagster UI is mounted.
+
+    Raises:
+        RefusedError: the workspace is not open yet.
     """
-    pipelines: list[PipelineView] = []
-    problems: list[str] = []
-    for name, entry in context.create_request_context().get_code_location_entries().items():
-        if entry.code_location is None:
-            kind = entry.load_error.cls_name if entry.load_error else None
-            problems.append(f"Code location {name} is not loaded ({kind or 'it is starting'}).")
-            continue
-        for repository in entry.code_location.get_repositories().values():
-            schedules = {schedule.job_name: schedule for schedule in repository.get_schedules()}
-            base = f"{prefix}/locations/{repository.name}@{name}/jobs"
-            pipelines += [
-                _pipeline(
-                    context, job.name, job.description or "", schedules.get(job.name), f"{base}/{job.name}", prefix
-                )
-                for job in repository.get_all_jobs()
-                if not job.name.startswith("__")  # Dagster's own job of all assets
-            ]
-    return PipelinesView(tuple(sorted(pipelines, key=lambda pipeline: pipeline.name)), tuple(problems))
-
-
-def _pipeline(
-    context: WorkspaceProcessContext,
-    name: str,
-    description: str,
-    schedule: RemoteSchedule | None,
-    link: str,
-    prefix: str,
-) -> PipelineView:
-    from dagster import RunsFilter
-
-    instance = context.instance
-    records = instance.get_run_records(RunsFilter(job_name=name), limit=RUNS_SHOWN)
-    runs = []
-    for record in records:
-        started = record.start_time
-        end = record.end_time or (time.time() if started else None)
-        runs.append(
-            RunView(
-                run_id=record.dagster_run.run_id,
-                status=record.dagster_run.status.value,
-                started=datetime.fromtimestamp(started, UTC) if started else None,
-                seconds=end - started if started and end else None,
-                link=f"{prefix}/runs/{record.dagster_run.run_id}",
+    catalog = control.catalog()
+    switches = control.switches(catalog.dags.values())
+    latest = control.runs.latest(list(catalog.dags), RUNS_SHOWN)
+    now = datetime.now(UTC)
+    return PipelinesView(
+        tuple(
+            PipelineView(
+                dag_id=dag.dag_id,
+                description=dag.description,
+                tags=dag.tags,
+                cron=dag.cron,
+                every=_every(dag),
+                paused=switches[dag.dag_id].paused,
+                next_tick=switches[dag.dag_id].next_tick,
+                bars=bars_of(latest.get(dag.dag_id, ()), now),
+                links=dag_links(dag, prefix),
             )
+            for dag in sorted(catalog.dags.values(), key=lambda dag: dag.dag_id)
+        ),
+        tuple(
+            f"Code location {name} is not loaded: {(text.strip().splitlines() or ['unknown error'])[0]}"
+            for name, text, _ in catalog.import_errors
+        ),
+    )
+
+
+def bars_of(runs: Sequence[DagRun], now: datetime) -> tuple[Bar, ...]:
+    """Return runs, newest first, as bars, oldest first; the longest one is the highest."""
+    seconds = [
+        ((run.end_date or now) - run.start_date).total_seconds() if run.start_date is not None else None for run in runs
+    ]
+    longest = max((one for one in seconds if one is not None), default=0.0) or 1.0
+    return tuple(
+        Bar(
+            run.run_id,
+            run.state,
+            run.start_date,
+            took,
+            max(1, round(BAR_STEPS * (took or 0.0) / longest)),
+            run_link(run.dag_id, run.run_id),
         )
-    running, next_tick, cron = False, None, None
-    if schedule is not None:
-        cron = schedule.cron_schedule if isinstance(schedule.cron_schedule, str) else ", ".join(schedule.cron_schedule)
-        stored = instance.get_instigator_state(schedule.get_remote_origin_id(), schedule.selector_id)
-        running = schedule.get_current_instigator_state(stored).is_running
-        if running:
-            next_tick = next(iter(schedule.execution_time_iterator(time.time())), None)
-    return PipelineView(name, description, cron, running, next_tick, tuple(runs), link)
+        for run, took in zip(reversed(runs), reversed(seconds), strict=True)
+    )
+
+
+def run_link(dag_id: str, run_id: str) -> str:
+    """Return the address of a run's page."""
+    return f"/runs/{quote(dag_id, safe='')}/{quote(run_id, safe='')}"
+
+
+def dag_links(dag: Dag, prefix: str) -> tuple[tuple[str, str], ...]:
+    """Return (label, address) of the graph, runs and assets in the Dagster UI, and of the code."""
+    place = f"{prefix}/locations/{quote(f'{dag.repository}@{dag.location}')}"
+    job = f"{place}/jobs/{quote(dag.dag_id)}"
+    return (
+        ("Graph", job), ("Runs", f"{job}/runs"), ("Assets", f"{place}/assets"),
+        ("Code", f"/api/v1/dagSources/{file_token(dag)}"),
+    )  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """Return a span in its two largest units: ``0.4 s``, ``34 s``, ``2 min 5 s``, ``3 h 4 min``, ``6 d 2 h``."""
+    if seconds < 10:
+        return f"{max(0.0, seconds):.1f} s"
+    whole = round(seconds)
+    for size, unit, small, part in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // small
+            return f"{whole // size} {unit}" + (f" {rest} {part}" if rest else "")
+    return f"{whole} s"
+
+
+def _every(dag: Dag) -> str:
+    """Return the schedule in words: ``every 6 h``; the cron expression where it has no even rhythm."""
+    interval = schedule_interval(dag)
+    if interval is None:
+        return "manual"
+    if interval["__type"] == "CronExpression":
+        return str(interval["value"])
+    return f"every {duration(timedelta(days=interval['days'], seconds=interval['seconds']).total_seconds())}"
