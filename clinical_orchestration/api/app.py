@@ -29,11 +29,15 @@ from clinical_orchestration.api.recording import ChangeLog, changes
 from clinical_orchestration.api.runs import RunRoutes
 from clinical_orchestration.api.stored import StoredRoutes
 from clinical_orchestration.api.tasks import TaskRoutes
+from clinical_orchestration.api.users import UserRoutes
 from clinical_orchestration.audit.trail import AuditError
+from clinical_orchestration.platform.database import StoreUnavailableError
 
 if TYPE_CHECKING:
     from clinical_orchestration.audit.trail import AuditTrail
     from clinical_orchestration.platform.store import PlatformStore
+    from clinical_orchestration.users.identity import Identity
+    from clinical_orchestration.users.store import UserStore
 
 _logger = logging.getLogger("clinical_orchestration.api")
 
@@ -56,10 +60,29 @@ class Operation:
 
 
 class Gate(Protocol):
-    """Lets requests in: returns who asks, or raises a :class:`Problem` (401, 403)."""
+    """Lets requests in: returns who asks, or raises a :class:`Problem` (401, 403); it must not wait for anything."""
 
     def enter(self, request: Request, permissions: tuple[tuple[str, str], ...]) -> str:
         """Return the name of the user who may do this."""
+
+
+class IdentityGate:
+    """Lets in who the door in front of the API has recognised, if the user's roles permit it."""
+
+    def enter(self, request: Request, permissions: tuple[tuple[str, str], ...]) -> str:
+        """Return the user's name.
+
+        Raises:
+            Problem: 401, nobody is known; 403, the user may not do this.
+        """
+        identity: Identity | None = request.scope.get("state", {}).get("identity")
+        if identity is None:
+            if permissions:
+                raise Problem(401)
+            return "anonymous"
+        if not all(identity.may(action, resource) for action, resource in permissions):
+            raise Problem(403)
+        return identity.name
 
 
 class OpenGate:
@@ -210,6 +233,17 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("PATCH", "/pools/{pool_name:path}", "patch_pool", _needs((EDIT, "Pools")), ("update_mask",)),
     Operation("DELETE", "/pools/{pool_name:path}", "delete_pool", _needs((DELETE, "Pools")), (), 204),
     Operation("GET", "/providers", "get_providers", _needs((READ, "Providers"))),
+    Operation("GET", "/permissions", "get_permissions", _needs((READ, "Permissions")), _PAGE),
+    Operation("GET", "/roles", "get_roles", _needs((READ, "Roles")), _LISTED),
+    Operation("POST", "/roles", "post_role", _needs((CREATE, "Roles"))),
+    Operation("GET", "/roles/{role_name}", "get_role", _needs((READ, "Roles"))),
+    Operation("PATCH", "/roles/{role_name}", "patch_role", _needs((EDIT, "Roles")), ("update_mask",)),
+    Operation("DELETE", "/roles/{role_name}", "delete_role", _needs((DELETE, "Roles")), (), 204),
+    Operation("GET", "/users", "get_users", _needs((READ, "Users")), _LISTED),
+    Operation("POST", "/users", "post_user", _needs((CREATE, "Users"))),
+    Operation("GET", "/users/{username}", "get_user", _needs((READ, "Users"))),
+    Operation("PATCH", "/users/{username}", "patch_user", _needs((EDIT, "Users")), ("update_mask",)),
+    Operation("DELETE", "/users/{username}", "delete_user", _needs((DELETE, "Users")), (), 204),
     Operation("GET", "/variables", "get_variables", _needs((READ, "Variables")), _LISTED),
     Operation("POST", "/variables", "post_variables", _needs((CREATE, "Variables"))),
     Operation("GET", "/variables/{variable_key:path}", "get_variable", _needs((READ, "Variables"))),
@@ -236,6 +270,7 @@ def create_api(
     settings: Callable[[], Mapping[str, Mapping[str, str]]] = dict,
     gate: Gate | None = None,
     trail: AuditTrail | None = None,
+    users: UserStore | None = None,
 ) -> Router:
     """Return the application to be mounted at ``/api/v1``.
 
@@ -245,6 +280,7 @@ def create_api(
         settings: sections for ``/config``.
         gate: who may do what; default: everybody everything.
         trail: where changes are recorded; default: nowhere.
+        users: the users and roles; None: there are none to show.
     """
     rooms: list[Any] = [
         DagRoutes(control),
@@ -254,6 +290,7 @@ def create_api(
         StoredRoutes(control, store),
         PlatformRoutes(control, settings),
         EventLogRoutes(trail),
+        UserRoutes(users),
     ]
 
     def handler(name: str) -> Callable[[Call], Any]:
@@ -301,7 +338,7 @@ def _endpoint(
     async def endpoint(request: Request) -> Response:
         try:
             try:
-                user = await run_in_threadpool(gate.enter, request, operation.permissions)
+                user = gate.enter(request, operation.permissions)
             except Problem as problem:
                 if log is not None and problem.status in (401, 403):
                     await run_in_threadpool(log.refused, operation, await call_of(request), problem.status)
@@ -325,6 +362,9 @@ def _endpoint(
             )
         except RefusedError as error:
             return Problem(503, str(error)).response({"Retry-After": "3"})
+        except StoreUnavailableError as error:
+            _logger.warning("%s failed: %s", operation.name, error)
+            return Problem(503, "The platform's database does not answer.").response({"Retry-After": "3"})
         except Exception:
             # the text may hold what somebody stored; it goes to the log only
             _logger.exception("%s failed", operation.name)
