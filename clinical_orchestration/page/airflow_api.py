@@ -31,13 +31,19 @@ class AirflowApi:
         from clinical_orchestration.airflow.control import Control
         from clinical_orchestration.airflow.database import open_engine
         from clinical_orchestration.api.app import create_api
+        from clinical_orchestration.audit.trail import AuditTrail
         from clinical_orchestration.platform.store import PlatformStore
 
         self._context = context
         self._stop = threading.Event()
         self._engine = open_engine(url) if url else None
         self.control = Control(context, self._engine) if self._engine is not None else None
-        self._app = create_api(self.control, lambda: PlatformStore(url), settings=_settings) if self.control else None
+        self.trail = AuditTrail(url) if url else None
+        self._app = (
+            create_api(self.control, lambda: PlatformStore(url), settings=_settings, trail=self.trail)
+            if self.control
+            else None
+        )
 
     def start(self) -> None:
         """Begin to keep the view current."""

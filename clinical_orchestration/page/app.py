@@ -14,6 +14,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from clinical_orchestration.page.airflow_api import API_PREFIX, AirflowApi
+from clinical_orchestration.page.auditing import AuditedUi
 from clinical_orchestration.page.dagster_ui import PREFIX, DagsterUi, open_workspace, ping_code_servers
 from clinical_orchestration.page.front import FrontPage
 from clinical_orchestration.page.health import (
@@ -143,5 +144,6 @@ def create_app(settings: PageSettings | None = None, ui: DagsterUi | None = None
         app.add_api_route(f"{API_PREFIX}/health", health, methods=["GET"])
         app.mount(API_PREFIX, airflow_api, name="airflow")
     app.mount("/static", StaticFiles(directory=_FOLDER / "static"), name="static")
-    app.mount(PREFIX, dagster_ui, name="dagster")
+    trail = airflow_api.trail
+    app.mount(PREFIX, dagster_ui if trail is None else AuditedUi(dagster_ui, trail), name="dagster")
     return app
