@@ -30,9 +30,10 @@ class AirflowApi:
     def __init__(self, context: Callable[[], WorkspaceProcessContext | None], url: str) -> None:
         from clinical_orchestration.airflow.control import Control
         from clinical_orchestration.airflow.database import open_engine
-        from clinical_orchestration.api.app import create_api
+        from clinical_orchestration.api.app import IdentityGate, create_api
         from clinical_orchestration.audit.trail import AuditTrail
         from clinical_orchestration.platform.store import PlatformStore
+        from clinical_orchestration.users.store import UserStore
 
         self._context = context
         self._stop = threading.Event()
@@ -40,7 +41,14 @@ class AirflowApi:
         self.control = Control(context, self._engine) if self._engine is not None else None
         self.trail = AuditTrail(url) if url else None
         self._app = (
-            create_api(self.control, lambda: PlatformStore(url), settings=_settings, trail=self.trail)
+            create_api(
+                self.control,
+                lambda: PlatformStore(url),
+                settings=_settings,
+                gate=IdentityGate(),
+                trail=self.trail,
+                users=UserStore(url),
+            )
             if self.control
             else None
         )

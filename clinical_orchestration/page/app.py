@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from clinical_orchestration.page.airflow_api import API_PREFIX, AirflowApi
 from clinical_orchestration.page.auditing import AuditedUi
 from clinical_orchestration.page.dagster_ui import PREFIX, DagsterUi, open_workspace, ping_code_servers
+from clinical_orchestration.page.door import Door
 from clinical_orchestration.page.front import FrontPage
 from clinical_orchestration.page.health import (
     DAEMON_SERVICES,
@@ -23,6 +24,7 @@ from clinical_orchestration.page.health import (
     instance_heartbeats,
     postgres_heartbeats,
 )
+from clinical_orchestration.page.keeper import Doorkeeper, Keeper
 from clinical_orchestration.page.settings import PageSettings
 from clinical_orchestration.page.stack_state import Service, read_stack_state
 from clinical_orchestration.page.views import add_views
@@ -33,7 +35,7 @@ _logger = logging.getLogger("clinical_orchestration.page")
 
 
 class SameSite:
-    """Refuses what only a foreign web site would send to an address without a login.
+    """Refuses what only a foreign web site would send here.
 
     A request must name one of the hosts that the page answers for (no rebound DNS name), and where a browser says
     from which site a request comes, that site must be this one, except for plain navigation.
@@ -78,12 +80,15 @@ def _foreign(scope: Scope, headers: Headers, host: str) -> bool:
     return headers.get("sec-fetch-site") == "cross-site" and not navigation
 
 
-def create_app(settings: PageSettings | None = None, ui: DagsterUi | None = None) -> FastAPI:
+def create_app(
+    settings: PageSettings | None = None, ui: DagsterUi | None = None, door: Doorkeeper | None = None
+) -> FastAPI:
     """Build the application.
 
     Args:
         settings: default: from the environment.
         ui: the Dagster UI; default: the instance and workspace of ``DAGSTER_HOME``, opened in the background.
+        door: knows who asks; default: by the users of the database.
     """
     settings = settings or PageSettings()
     url = settings.postgres_url.get_secret_value()
@@ -116,6 +121,7 @@ def create_app(settings: PageSettings | None = None, ui: DagsterUi | None = None
             dagster_ui.close()
 
     app = FastAPI(title="Clinical orchestration", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app.add_middleware(Door, keeper=door or Keeper.from_settings(settings, airflow_api.trail))
     app.add_middleware(SameSite, host_names=frozenset() if settings.allow_remote else settings.host_names)
 
     @app.get("/health")
@@ -139,10 +145,9 @@ def create_app(settings: PageSettings | None = None, ui: DagsterUi | None = None
         """Add the slash."""
         return RedirectResponse(f"{PREFIX}/")
 
-    if not settings.allow_remote:  # without a login, the API may be asked from this machine only
-        # the same answer as at the address that dashboards and load balancers know
-        app.add_api_route(f"{API_PREFIX}/health", health, methods=["GET"])
-        app.mount(API_PREFIX, airflow_api, name="airflow")
+    # the same answer as at the address that dashboards and load balancers know
+    app.add_api_route(f"{API_PREFIX}/health", health, methods=["GET"])
+    app.mount(API_PREFIX, airflow_api, name="airflow")
     app.mount("/static", StaticFiles(directory=_FOLDER / "static"), name="static")
     trail = airflow_api.trail
     app.mount(PREFIX, dagster_ui if trail is None else AuditedUi(dagster_ui, trail), name="dagster")

@@ -145,13 +145,15 @@ class DagsterUi:
 
     def _open(self) -> None:
         with _IMPORTING:
-            from dagster_webserver.app import create_app_from_workspace_process_context
+            import dagster_webserver.webserver  # noqa: F401
+
+            from clinical_orchestration.page.dagster_roles import create_ui
 
         while not self._stop.is_set():
             attempt = ExitStack()
             try:
                 context = self._opener(attempt)
-                app = create_app_from_workspace_process_context(context, PREFIX)
+                app = create_ui(context, PREFIX)
             except Exception as error:
                 attempt.close()
                 # the text of a database error may carry what the user typed into a URL, so only its kind is shown

@@ -105,14 +105,11 @@ class Keeper:
         self._hashing: CapacityLimiter | None = None
 
     @classmethod
-    def from_settings(cls, settings: PageSettings) -> Keeper:
-        """Return the doorkeeper of a deployment."""
-        from clinical_orchestration.audit.trail import AuditTrail
-
-        url = settings.postgres_url.get_secret_value()
+    def from_settings(cls, settings: PageSettings, trail: AuditTrail | None) -> Keeper:
+        """Return the doorkeeper of a deployment; see the class for `trail`."""
         return cls(
-            UserStore(url),
-            AuditTrail(url),
+            UserStore(settings.postgres_url.get_secret_value()),
+            trail,
             service_token=settings.service_token.get_secret_value(),
             remote=settings.allow_remote,
             admin_password=settings.admin_password.get_secret_value(),

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from clinical_orchestration.page.app import create_app
 from clinical_orchestration.page.dagster_ui import DagsterUi
 from clinical_orchestration.page.settings import PageSettings
-from clinical_orchestration_tests.page.support import open_tiny_workspace
+from clinical_orchestration_tests.page.support import EverybodyIs, open_tiny_workspace
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +24,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
         DAGSTER_HOME=str(home), POSTGRES_URL="", CLINICAL_HOME="", CLINICAL_PAGE_ALLOWED_HOSTS="testserver"
     )
     with ExitStack() as stack:
-        client = stack.enter_context(TestClient(create_app(settings, ui), follow_redirects=False))
+        client = stack.enter_context(TestClient(create_app(settings, ui, EverybodyIs("Admin")), follow_redirects=False))
         assert ui.wait(60), "the workspace did not open"
         yield client

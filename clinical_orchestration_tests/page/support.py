@@ -11,8 +11,13 @@ from dagster._core.test_utils import instance_for_test
 from dagster._core.workspace.context import WorkspaceProcessContext
 from dagster._core.workspace.load_target import ModuleTarget
 
+from clinical_orchestration.page.keeper import Known
+from clinical_orchestration.users.identity import Identity
+from clinical_orchestration.users.roles import permissions_of
+
 if TYPE_CHECKING:
     from dagster._core.workspace.load_target import WorkspaceLoadTarget
+    from starlette.requests import HTTPConnection
 
 TINY = "clinical_orchestration_tests.page.tiny_definitions"
 
@@ -38,3 +43,19 @@ def open_tiny_workspace(home: Path, stack: ExitStack) -> WorkspaceProcessContext
         TINY, attribute=None, working_directory=str(Path(__file__).resolve().parents[2]), location_name="tiny"
     )
     return stack.enter_context(WorkspaceProcessContext(instance, target))
+
+
+class EverybodyIs:
+    """A doorkeeper who takes everybody for one user with these roles."""
+
+    def __init__(self, *roles: str) -> None:
+        self.identity = Identity("somebody", roles, permissions_of(roles), "token")
+
+    async def known(self, connection: HTTPConnection) -> Known:
+        return Known(self.identity)
+
+    async def open_session(self, username: str, password: str, connection: HTTPConnection) -> str:
+        return "secret"
+
+    async def close_session(self, known: Known, connection: HTTPConnection) -> None:
+        return None

@@ -18,6 +18,7 @@ from clinical_orchestration.page.dagster_ui import DagsterUi
 from clinical_orchestration.page.settings import PageSettings
 from clinical_orchestration.stores.alert_channels import ChannelError
 from clinical_orchestration.stores.alerts import AlertCenter, PostgresAlertStore
+from clinical_orchestration_tests.page.support import EverybodyIs
 
 ALERT = Alert(
     key="run:page",
@@ -38,7 +39,7 @@ def page_of(tmp_path: Path, url: str) -> TestClient:
     settings = PageSettings(
         DAGSTER_HOME=str(tmp_path), POSTGRES_URL=url, CLINICAL_HOME="", CLINICAL_PAGE_ALLOWED_HOSTS="testserver"
     )
-    return TestClient(create_app(settings, DagsterUi(never)))  # type: ignore[arg-type]
+    return TestClient(create_app(settings, DagsterUi(never), EverybodyIs("Admin")))  # type: ignore[arg-type]
 
 
 @pytest.fixture

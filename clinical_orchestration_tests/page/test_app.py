@@ -15,6 +15,7 @@ from clinical_orchestration.page.__main__ import main
 from clinical_orchestration.page.app import create_app
 from clinical_orchestration.page.dagster_ui import DagsterUi
 from clinical_orchestration.page.settings import PageSettings, is_loopback
+from clinical_orchestration_tests.page.support import EverybodyIs
 
 
 def test_the_prefix_without_slash_leads_to_the_ui(page: TestClient) -> None:
@@ -93,7 +94,7 @@ def _page_without_instance(tmp_path: Path, **values: str) -> TestClient:
     settings = PageSettings(
         **{"DAGSTER_HOME": str(tmp_path), "POSTGRES_URL": "", "CLINICAL_PAGE_ALLOWED_HOSTS": "testserver", **values}
     )
-    return TestClient(create_app(settings, DagsterUi(never)))  # type: ignore[arg-type]
+    return TestClient(create_app(settings, DagsterUi(never), EverybodyIs("Admin")))  # type: ignore[arg-type]
 
 
 def test_without_a_database_the_page_is_up_and_says_what_is_missing(tmp_path: Path) -> None:

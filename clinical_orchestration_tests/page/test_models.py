@@ -20,6 +20,7 @@ from clinical_orchestration.page.app import create_app
 from clinical_orchestration.page.dagster_ui import DagsterUi
 from clinical_orchestration.page.models import model_view, read_models, read_retraining, why_unread
 from clinical_orchestration.page.settings import PageSettings
+from clinical_orchestration_tests.page.support import EverybodyIs
 
 
 def version(number: int, **tags: str) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def page(tmp_path: Path, mlflow_url: str) -> str:
         DAGSTER_HOME=str(tmp_path), POSTGRES_URL="", CLINICAL_PAGE_ALLOWED_HOSTS="testserver",
         MLFLOW_TRACKING_URI=mlflow_url,
     )  # fmt: skip
-    with TestClient(create_app(settings, DagsterUi(never))) as client:  # type: ignore[arg-type]
+    with TestClient(create_app(settings, DagsterUi(never), EverybodyIs("Admin"))) as client:  # type: ignore[arg-type]
         return client.get("/").text
 
 

@@ -21,7 +21,7 @@ from clinical_orchestration.stack import runs as runs_module
 from clinical_orchestration.stack.console import Display, UserError
 from clinical_orchestration.stack.runs import Runs, RunState, run_config, take_event
 from clinical_orchestration.stack.settings import StackSettings
-from clinical_orchestration_tests.page.support import open_tiny_workspace
+from clinical_orchestration_tests.page.support import EverybodyIs, open_tiny_workspace
 from clinical_orchestration_tests.stack.test_cli import FakeClient
 
 URL = "http://testserver"
@@ -35,7 +35,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
         DAGSTER_HOME=str(home), POSTGRES_URL="", CLINICAL_HOME="", CLINICAL_PAGE_ALLOWED_HOSTS="testserver"
     )
     with ExitStack() as stack:
-        client = stack.enter_context(TestClient(create_app(settings, ui)))
+        client = stack.enter_context(TestClient(create_app(settings, ui, EverybodyIs("Admin"))))
         assert ui.wait(60)
         yield client
 
