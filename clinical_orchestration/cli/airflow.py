@@ -25,13 +25,15 @@ ENTRIES: tuple[Group | Command, ...] = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0 done, 1 failed (the reason is on standard error), 2 not understood."""
     chosen = build_parser("airflow", ENTRIES).parse_args(arguments)
-    from clinical_orchestration.cli.deployment import use_stack
+    from clinical_orchestration.cli.deployment import identity, use_stack
+    from clinical_orchestration.cli.recording import recorded
     from clinical_orchestration.platform.crypto import SecretKeyError
     from clinical_orchestration.platform.store import StoreUnavailableError
 
     try:
         use_stack()
-        chosen.handler(chosen)
+        with recorded(chosen, lambda: identity().name):
+            chosen.handler(chosen)
         sys.stdout.flush()
     except (CommandError, SecretKeyError, StoreUnavailableError) as error:
         sys.stderr.write(f"{error}\n")

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from dagster import DagsterInstance
 
     from clinical_orchestration.airflow.control import Control
+    from clinical_orchestration.audit.trail import AuditTrail
     from clinical_orchestration.platform.store import PlatformStore
+    from clinical_orchestration.users.identity import Identity
 
 
 def use_stack() -> None:
@@ -46,13 +48,43 @@ def store() -> PlatformStore:
     """
     from clinical_orchestration.platform.store import PlatformStore
 
+    return PlatformStore(_url())
+
+
+def trail() -> AuditTrail:
+    """Return the audit trail.
+
+    Raises:
+        CommandError: the environment names no database.
+    """
+    from clinical_orchestration.audit.trail import AuditTrail
+
+    return AuditTrail(_url())
+
+
+def identity() -> Identity:
+    """Return who gives the command.
+
+    Raises:
+        CommandError: the environment names no database, or a user that may not log in.
+    """
+    from clinical_orchestration.users.cli_identity import current_identity
+    from clinical_orchestration.users.store import LoginError, UserStore
+
+    try:
+        return current_identity(UserStore(_url()))
+    except LoginError as error:
+        raise CommandError(str(error)) from None
+
+
+def _url() -> str:
     url = os.environ.get("POSTGRES_URL", "")
     if not url:
         raise CommandError(
             "There is no database: POSTGRES_URL is not set. Start the stack (./pipeline-manager.sh --start), or in a "
             'shell of its own: eval "$(./pipeline-manager.sh --env)"'
         )
-    return PlatformStore(url)
+    return url
 
 
 @contextlib.contextmanager

@@ -160,6 +160,7 @@ def _trigger(args: argparse.Namespace) -> None:
             run = control.trigger(dag, run_id=args.run_id, logical_date=logical, conf=args.conf)
         except ConflictError as error:
             raise CommandError(str(error)) from None
+    args.run_id = run.run_id  # the audit trail names it
     show(
         [
             {

@@ -11,6 +11,7 @@ from clinical_orchestration.cli.output import say
 
 def _rotate(args: argparse.Namespace) -> None:
     count = deployment.store().rotate()
+    deployment.trail().keep_keys()  # rows that the old key signed can be checked when it is gone
     say(f"{count} secrets encrypted with the first key of CLINICAL_FERNET_KEY.")
 
 
