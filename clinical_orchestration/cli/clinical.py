@@ -1,4 +1,4 @@
-"""Subcommands of ``clinical``: cohorts, Kafka, features, Spark jobs, data and models, from a shell.
+"""Subcommands of ``clinical``: cohorts, Kafka, features, Spark jobs, data, models and the audit trail, from a shell.
 
 They work on the deployment that the environment names (``eval "$(./pipeline-manager.sh --env)"``); where it names none,
 on the embedded stack of this checkout. ``--json`` gives one JSON object on standard output.
@@ -10,6 +10,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from clinical_orchestration.cohorts.cohort import AttritionStep
     from clinical_orchestration.stores.spark_jobs import SparkJobs
 
-GROUPS = ("cohort", "kafka", "features", "spark", "data", "models")
+GROUPS = ("cohort", "kafka", "features", "spark", "data", "models", "audit")
 """First words of a command line that are answered here."""
 
 SHOWN_ROWS = 50
@@ -54,13 +55,23 @@ def run(arguments: Sequence[str], display: Display) -> tuple[Result, int]:
     _use_stack()
     from pydantic import ValidationError
 
+    from clinical_orchestration.cli.command import CommandError
+    from clinical_orchestration.cli.deployment import identity
+    from clinical_orchestration.cli.recording import recorded
     from clinical_orchestration.clients import ClientError
+    from clinical_orchestration.platform.crypto import SecretKeyError
+    from clinical_orchestration.platform.database import StoreUnavailableError
     from clinical_orchestration.stores.kafka import KafkaUnavailableError
     from clinical_orchestration.stores.spark_jobs import SparkJobError
 
     try:
-        result, status = values.handler(values, display)
-    except (ClientError, SparkJobError, KafkaUnavailableError) as error:
+        with recorded(values, lambda: identity().name) as ending:
+            result, status = values.handler(values, display)
+            if status:
+                ending.failed = f"exit status {status}"
+    except (
+        ClientError, SparkJobError, KafkaUnavailableError, CommandError, SecretKeyError, StoreUnavailableError
+    ) as error:  # fmt: skip
         raise UserError(f"{arguments[0]} {values.command} failed", str(error)) from None
     except (LookupError, TimeoutError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"{arguments[0]} {values.command} failed", str(error)) from None
@@ -89,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="one JSON object on standard output")
     trial = _Parser(add_help=False)
     trial.add_argument("--trial", metavar="NAME", help="trial profile (default: the deployment's)")
-    parser = _Parser(prog="clinical", description="Cohorts, Kafka, features, Spark jobs, data and models.")
+    parser = _Parser(prog="clinical", description="Cohorts, Kafka, features, Spark jobs, data, models, audit trail.")
     groups = parser.add_subparsers(dest="group", required=True, parser_class=_Parser)
 
     def group(name: str, text: str) -> Callable[..., argparse.ArgumentParser]:
@@ -170,6 +181,10 @@ def build_parser() -> argparse.ArgumentParser:
     promote.add_argument("version")
     experiment = add("experiment", _models_experiment, "make an MLflow experiment, or restore it", of_trial=False)
     experiment.add_argument("name")
+
+    from clinical_orchestration.cli import audit
+
+    audit.add_commands(partial(group("audit", "the audit trail: who changed what"), of_trial=False))
     return parser
 
 

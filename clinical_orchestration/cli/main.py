@@ -6,12 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from clinical_orchestration.cli import clinical
+from clinical_orchestration.cli.words import as_flags
 from clinical_orchestration.stack import cli as stack
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; return its exit status."""
-    return stack.main(arguments, subcommands=clinical)
+    given = sys.argv[1:] if arguments is None else arguments
+    return stack.main(as_flags(given), subcommands=clinical)
 
 
 if __name__ == "__main__":

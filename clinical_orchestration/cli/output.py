@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +102,22 @@ def export(text: str, file: str, count: int, what: str) -> None:
         if is_stream(file):
             Path(file).write_text(text, encoding="utf-8")
         else:
-            _write_private(Path(file), text)
+            write_private(Path(file), (text,))
     except OSError as error:
         raise CommandError(f"{file} cannot be written: {error.strerror}") from None
     say(f"{count} {what} successfully exported to {file}.")
 
 
-def _write_private(path: Path, text: str) -> None:
+def write_private(path: Path, parts: Iterable[str]) -> None:
+    """Replace a file by these texts, one after the other, when all are there; only its owner may read it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp gives mode 600
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+            stream.writelines(parts)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -6,10 +6,13 @@ import argparse
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clinical_orchestration.cli import deployment
 from clinical_orchestration.cli.command import CommandError
+
+if TYPE_CHECKING:
+    from clinical_orchestration.audit.recording import Ending
 
 ORIGIN = "cli"
 
@@ -49,8 +52,8 @@ _OPAQUE = frozenset({"conn_uri", "conn_json", "conn_extra"})
 
 
 @contextlib.contextmanager
-def recorded(args: argparse.Namespace, who: Callable[[], str]) -> Iterator[None]:
-    """Record a command around the block that carries it out, if it is one that changes something.
+def recorded(args: argparse.Namespace, who: Callable[[], str]) -> Iterator[Ending]:
+    """Record a command around the block that carries it out, if it is one that changes something; give its ending.
 
     Args:
         args: the parsed command line.
@@ -60,12 +63,13 @@ def recorded(args: argparse.Namespace, who: Callable[[], str]) -> Iterator[None]
         clinical_orchestration.audit.trail.AuditError: it cannot be recorded; the block is not entered.
     """
     event = EVENTS.get((args.group, getattr(args, "command", None)))
+    from clinical_orchestration.audit.recording import Ending, change
+
     if event is None or not os.environ.get("POSTGRES_URL"):  # without a database most commands fail, and say why
-        yield
+        yield Ending()
         return
     import socket
 
-    from clinical_orchestration.audit.recording import change
     from clinical_orchestration.audit.trail import AuditEntry
     from clinical_orchestration.platform.database import StoreUnavailableError
 
@@ -82,7 +86,7 @@ def recorded(args: argparse.Namespace, who: Callable[[], str]) -> Iterator[None]
     state = _STATES.get(args.group, dict)
     before = state()
     with change(deployment.trail(), entry) as ending:
-        yield
+        yield ending
         ending.run_id = getattr(args, "run_id", None)  # by now that of the run that was triggered
         with contextlib.suppress(StoreUnavailableError, CommandError):  # what was done is done
             after = state()

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -62,10 +63,12 @@ examples:
   ./pipeline-manager.sh -l kafka --follow          the log of one service, as it grows
   eval "$(./pipeline-manager.sh --env)"            point every client of this shell to the stack
 
-subcommands, each with --help: cohort, kafka, features, spark, data, models
+subcommands, each with --help: cohort, kafka, features, spark, data, models, quality, audit
   clinical cohort build cdisc-pilot-eligibility    patients by inclusion and exclusion criteria
   clinical kafka lag                               how far each consumer group is behind
   clinical features compare                        online against offline features
+  clinical audit verify                            whether somebody tampered with the audit trail
+  clinical stack start                             the flags as words: stack start|stop|health|logs ..., run JOB
 
 Note: -h is the health check; help is --help.
 Each port has a setting, CLINICAL_PORT_<NAME>; all state is in CLINICAL_HOME (default: .clinical in the checkout).
@@ -533,7 +536,8 @@ class Commands:
         if self._client.status(settings).supervisor_pid is None:
             raise UserError("the stack is not running", f"no supervisor holds {settings.home}",
                             "./pipeline-manager.sh --start, then repeat")  # fmt: skip
-        client = (self._make_runs or runs_module.Runs)(settings.url("page"))
+        token = settings.secrets().service_token.get_secret_value()
+        client = (self._make_runs or partial(runs_module.Runs, token=token))(settings.url("page"))
         trial = options.trial or settings.environment().get("CLINICAL_TRIAL") or _default_trial()
         with self._display.working(f"looking for {name}"):
             job = client.find_job(name)
