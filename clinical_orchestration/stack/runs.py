@@ -157,16 +157,30 @@ class Runs:
         page_url: such as ``http://127.0.0.1:8085``.
         client: an ``httpx`` client, for tests.
         sleep: waits, for tests.
+        token: the stack's own, by which the page knows it; where the environment names a user, it is that user who
+            asks instead.
     """
 
     def __init__(
-        self, page_url: str, client: httpx.Client | None = None, sleep: Callable[[float], None] = time.sleep
+        self,
+        page_url: str,
+        client: httpx.Client | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        token: str = "",
     ) -> None:
         import httpx
 
+        from clinical_orchestration.users.cli_identity import named_user
+
         self._page_url = page_url.rstrip("/")
+        user = named_user()
         # loopback: a proxy of the environment must not see these requests
-        self._client = client or httpx.Client(timeout=30.0, trust_env=False)
+        self._client = client or httpx.Client(
+            timeout=30.0,
+            trust_env=False,
+            auth=user,
+            headers={} if user else {"Authorization": f"Bearer {token}"},
+        )
         self._sleep = sleep
 
     def run_url(self, run_id: str) -> str:
@@ -185,6 +199,12 @@ class Runs:
         )
         if answer.status_code >= 500:
             answer.raise_for_status()
+        if answer.status_code in (401, 403):
+            raise UserError(
+                "the page does not let this command in", f"HTTP {answer.status_code}: {answer.text[:300]}",
+                "set CLINICAL_USER and CLINICAL_PASSWORD to a user who may, or unset both; after a change of "
+                "secrets.json start the page again",
+            )  # fmt: skip
         body: dict[str, Any] = answer.json()
         if body.get("errors"):
             raise GraphqlError("; ".join(str(error.get("message", error)) for error in body["errors"]))

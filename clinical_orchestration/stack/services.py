@@ -92,12 +92,17 @@ class ServiceSpec:
         return settings.url(self.port, self.scheme)
 
 
+_ADMIN_PASSWORD = "CLINICAL_ADMIN_PASSWORD"  # noqa: S105 - a name
+
+
 def base_environment(settings: StackSettings) -> dict[str, str]:
     """Return the environment of every service: the caller's, the stack's variables, and bytecode allowed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DAGSTER_")}
     environment.update(settings.environment())
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a service that compiles itself at each start is slow to start
     environment.pop("VIRTUAL_ENV", None)
+    for name in ("CLINICAL_USER", "CLINICAL_PASSWORD", _ADMIN_PASSWORD):  # of whoever starts the stack
+        environment.pop(name, None)
     environment["PATH"] = os.pathsep.join([scripts_folder(), os.environ.get("PATH", os.defpath)])
     environment["PYTHONUNBUFFERED"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(checkout()), os.environ.get("PYTHONPATH", "")]))
@@ -849,6 +854,12 @@ def _mlflow_environment(context: Context) -> dict[str, str]:
     }
 
 
+def _page_environment(context: Context) -> dict[str, str]:
+    environment = {"CLINICAL_SERVICE_TOKEN": context.settings.secrets().service_token.get_secret_value()}
+    password = os.environ.get(_ADMIN_PASSWORD, "")
+    return environment | ({_ADMIN_PASSWORD: password} if password else {})
+
+
 def _module_command(module: str, port: str) -> Callable[[Context], list[str]]:
     def command(context: Context) -> list[str]:
         return [sys.executable, "-m", module, "--host", LOOPBACK, "--port", str(context.port(port))]
@@ -1140,6 +1151,7 @@ def specs() -> tuple[ServiceSpec, ...]:
             needs_jars=True,
             prepare=_prepare_dagster,
             command=_module_command("clinical_orchestration.page", "page"),
+            environment=_page_environment,
             hung_after=45.0,
             probe_timeout=3.0,
             ready_timeout=120.0,

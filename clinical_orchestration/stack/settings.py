@@ -91,6 +91,24 @@ class Secrets(BaseModel):
     postgres_password: SecretStr
     fernet_key: SecretStr = SecretStr("")
     """Of the secrets in PostgreSQL; several, separated by commas, while it is changed. Empty in homes of old."""
+    service_token: SecretStr = SecretStr("")
+    """Bearer token by which the stack's own commands are known to the page. Empty in homes of old."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing that an older version did not have."""
+        return bool(self.fernet_key.get_secret_value() and self.service_token.get_secret_value())
+
+    def completed(self) -> Secrets:
+        """Return the same with what an older version did not have."""
+        fresh = Secrets.generate()
+        return self.model_copy(
+            update={
+                name: getattr(fresh, name)
+                for name in ("fernet_key", "service_token")
+                if not getattr(self, name).get_secret_value()
+            }
+        )
 
     @classmethod
     def generate(cls) -> Secrets:
@@ -100,6 +118,7 @@ class Secrets(BaseModel):
             s3_secret_key=SecretStr(random_secrets.token_hex(20)),
             postgres_password=SecretStr(random_secrets.token_hex(16)),
             fernet_key=SecretStr(new_key()),
+            service_token=SecretStr(random_secrets.token_urlsafe(32)),
         )
 
     def as_json(self) -> str:
@@ -110,6 +129,7 @@ class Secrets(BaseModel):
                 "s3_secret_key": self.s3_secret_key.get_secret_value(),
                 "postgres_password": self.postgres_password.get_secret_value(),
                 "fernet_key": self.fernet_key.get_secret_value(),
+                "service_token": self.service_token.get_secret_value(),
             }
         )
 
@@ -203,12 +223,10 @@ class StackSettings(BaseModel):
         path = paths.secrets_file(self.home)
         try:
             found = _read_secrets(path)
-            if found is not None and found.fernet_key.get_secret_value():
+            if found is not None and found.complete:
                 return found
             with _alone(path):  # two first calls at once must agree on the secrets
-                found = _read_secrets(path) or Secrets.generate()
-                if not found.fernet_key.get_secret_value():
-                    found = found.model_copy(update={"fernet_key": SecretStr(new_key())})
+                found = (_read_secrets(path) or Secrets.generate()).completed()
                 write_private(path, found.as_json() + "\n")
                 return found
         except (OSError, ValueError) as error:

@@ -96,7 +96,11 @@ def test_an_older_home_gets_a_key_for_secrets_and_keeps_what_it_has(tmp_path: Pa
     assert {name: kept[name] for name in old} == old
     assert stat.S_IMODE((tmp_path / "secrets.json").stat().st_mode) == 0o600
     assert settings.environment()["CLINICAL_FERNET_KEY"] == first.fernet_key.get_secret_value()
-    assert first.fernet_key.get_secret_value() not in repr(settings) + repr(first)
+    token = first.service_token.get_secret_value()
+    assert len(token) >= 32
+    assert token not in settings.export_lines()
+    for secret in (token, first.fernet_key.get_secret_value()):
+        assert secret not in repr(settings) + repr(first)
 
 
 def test_first_calls_at_once_agree_on_the_secrets(tmp_path: Path) -> None:
