@@ -18,18 +18,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     settings = PageSettings()
     if not is_loopback(options.host) and not settings.allow_remote:
-        sys.stderr.write(
-            f"error: the page does not listen on {options.host}\n"
-            "  why:  it has no login, so that everyone who reaches it could start and delete runs\n"
-            "  cure: use 127.0.0.1, or set CLINICAL_PAGE_ALLOW_REMOTE=true behind a proxy that asks who it is\n"
+        return _refused(
+            f"the page does not listen on {options.host}",
+            "it answers to this machine only, where the first user is admin with the password admin",
+            "use 127.0.0.1, or set CLINICAL_PAGE_ALLOW_REMOTE=true and a password in CLINICAL_ADMIN_PASSWORD",
         )
-        return 2
     if not settings.dagster_home:
-        sys.stderr.write(
-            "error: DAGSTER_HOME is not set\n  why:  it names the instance that the page shows\n"
-            '  cure: eval "$(./pipeline-manager.sh --env)", or start the stack, which sets it\n'
+        return _refused(
+            "DAGSTER_HOME is not set",
+            "it names the instance that the page shows",
+            'eval "$(./pipeline-manager.sh --env)", or start the stack, which sets it',
         )
-        return 2
+    if settings.allow_remote and (reason := _open_to_everybody(settings)):
+        return _refused("the page would be open to everybody", *reason)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # a code server that starts later is no news worth a page of stack trace; the UI and /health show it
@@ -43,6 +44,27 @@ def main(arguments: list[str] | None = None) -> int:
         create_app(settings), host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=3
     )
     return 0
+
+
+def _refused(what: str, why: str, cure: str) -> int:
+    sys.stderr.write(f"error: {what}\n  why:  {why}\n  cure: {cure}\n")
+    return 2
+
+
+def _open_to_everybody(settings: PageSettings) -> tuple[str, str] | None:
+    """Return why the login is no protection, and the cure; None where it is one."""
+    from clinical_orchestration.platform.database import StoreUnavailableError
+    from clinical_orchestration.users.first_user import UnsafeLoginError, prepare_first_user
+    from clinical_orchestration.users.store import UserStore
+
+    store = UserStore(settings.postgres_url.get_secret_value())
+    try:
+        prepare_first_user(store, remote=True, password=settings.admin_password.get_secret_value())
+    except UnsafeLoginError as error:
+        return error.why, error.cure
+    except StoreUnavailableError as error:
+        return f"its users cannot be read: {error}", "start the database first"
+    return None
 
 
 if __name__ == "__main__":

@@ -15,7 +15,17 @@ _CURE = (
 
 
 class UnsafeLoginError(RuntimeError):
-    """The page would be open to everybody who reaches it; the message has the cure."""
+    """The page would be open to everybody who reaches it.
+
+    Attributes:
+        why: what is missing.
+        cure: what to do.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"{why}; {_CURE}")
+        self.why = why
+        self.cure = _CURE
 
 
 def prepare_first_user(store: UserStore, *, remote: bool, password: str = "") -> None:
@@ -36,10 +46,10 @@ def prepare_first_user(store: UserStore, *, remote: bool, password: str = "") ->
     if not remote:
         return
     if not store.users():
-        raise UnsafeLoginError(f"there is no user, and others than this machine reach the page; {_CURE}")
+        raise UnsafeLoginError("there is no user, and others than this machine reach the page")
     if store.has_password(DEFAULT_NAME, DEFAULT_PASSWORD):
         if not own:
             raise UnsafeLoginError(
-                f"{DEFAULT_NAME} has the well-known password, and others than this machine reach the page; {_CURE}"
+                f"{DEFAULT_NAME} has the well-known password, and others than this machine reach the page"
             )
         store.change_user(DEFAULT_NAME, password=own)
