@@ -25,6 +25,7 @@ from clinical_orchestration.page.health import (
     postgres_heartbeats,
 )
 from clinical_orchestration.page.keeper import Doorkeeper, Keeper
+from clinical_orchestration.page.metrics import Metrics
 from clinical_orchestration.page.settings import PageSettings
 from clinical_orchestration.page.stack_state import Service, read_stack_state
 from clinical_orchestration.page.views import add_views
@@ -128,6 +129,8 @@ def create_app(
     async def health() -> JSONResponse:
         """Answer in Airflow's shape; the status is 200 whatever it says, as there."""
         return JSONResponse((await monitor.check()).as_airflow(), headers={"Cache-Control": "no-store"})
+
+    app.add_route("/metrics", Metrics(lambda: airflow_api.control, url, settings.status_file).answer, methods=["GET"])
 
     @app.get("/alerts.json")
     async def alerts_json() -> JSONResponse:
