@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import psycopg2
 import pytest
 from dagster._core.test_utils import instance_for_test
 from dagster._core.workspace.context import WorkspaceProcessContext
@@ -16,20 +15,20 @@ from clinical_orchestration.airflow.control import Control
 from clinical_orchestration.airflow.database import open_engine
 from clinical_orchestration.instance import ensure_pools
 from clinical_orchestration_tests.airflow import tiny_definitions
+from clinical_orchestration_tests.airflow.live import new_database
 
 TINY = "clinical_orchestration_tests.airflow.tiny_definitions"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Know the marker of tests that install other people's clients."""
+    config.addinivalue_line("markers", "clients: needs Airflow's clients, in environments of their own")
 
 
 @pytest.fixture(scope="package")
 def database(postgres_env: dict[str, str]) -> str:
     """A database of its own; return its URL."""
-    url = postgres_env["POSTGRES_URL"]
-    connection = psycopg2.connect(url)
-    connection.autocommit = True
-    with connection.cursor() as cursor:
-        cursor.execute("CREATE DATABASE airflow_view")
-    connection.close()
-    return url.rpartition("/")[0] + "/airflow_view"
+    return new_database(postgres_env["POSTGRES_URL"], "airflow_view")
 
 
 @pytest.fixture(scope="package")

@@ -1,11 +1,16 @@
 """A small code location whose jobs have the names and steps of the contract and do next to nothing."""
 
+import threading
+
 import dagster as dg
 
 from clinical_orchestration.contract import PIPELINES, SCHEDULED_RETRAINING, Pipeline
 
 failing: set[str] = set()
 """Steps that fail while their name is here; the in-process launcher runs them in the test's own process."""
+
+holding: dict[str, threading.Event] = {}
+"""Steps that wait for their event, for tests that look at a run while it works."""
 
 conf_seen: list[dict] = []  # type: ignore[type-arg]
 
@@ -46,7 +51,9 @@ def step(of: Pipeline, name: str) -> dg.AssetsDefinition:
     def work(context: dg.AssetExecutionContext, pipeline: PipelineConf):  # type: ignore[no-untyped-def]
         context.log.info("working on %s", name)
         conf_seen.append(dict(pipeline.conf))
-        if name in failing:
+        if name in holding:
+            holding[name].wait(30)
+        if name in failing or pipeline.conf.get("fail") == name:
             raise ValueError("made to fail")
         for output in outputs[-1:]:  # of two branches the second is taken
             yield dg.MaterializeResult(
@@ -81,5 +88,5 @@ def location() -> dg.Definitions:
     return dg.Definitions(assets=assets, jobs=jobs, schedules=schedules, resources={"pipeline": PipelineConf()})
 
 
-__all__ = ["conf_seen", "defs", "failing"]
+__all__ = ["conf_seen", "defs", "failing", "holding"]
 defs = location()

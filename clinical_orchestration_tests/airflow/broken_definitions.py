@@ -1,0 +1,3 @@
+"""A code location that does not load."""
+
+raise ImportError("made to be broken")
