@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         use_stack()
-        with recorded(chosen, lambda: identity().name):
+        with recorded((chosen.group, getattr(chosen, "command", None)), chosen, lambda: identity().name):
             chosen.handler(chosen)
         sys.stdout.flush()
     except (CommandError, SecretKeyError, StoreUnavailableError) as error:

@@ -65,7 +65,7 @@ def run(arguments: Sequence[str], display: Display) -> tuple[Result, int]:
     from clinical_orchestration.stores.spark_jobs import SparkJobError
 
     try:
-        with recorded(values, lambda: identity().name) as ending:
+        with recorded((arguments[0], values.command), values, lambda: identity().name) as ending:
             result, status = values.handler(values, display)
             if status:
                 ending.failed = f"exit status {status}"

@@ -52,17 +52,18 @@ _OPAQUE = frozenset({"conn_uri", "conn_json", "conn_extra"})
 
 
 @contextlib.contextmanager
-def recorded(args: argparse.Namespace, who: Callable[[], str]) -> Iterator[Ending]:
+def recorded(words: tuple[str, str | None], args: argparse.Namespace, who: Callable[[], str]) -> Iterator[Ending]:
     """Record a command around the block that carries it out, if it is one that changes something; give its ending.
 
     Args:
+        words: of the command, such as ``("variables", "set")``.
         args: the parsed command line.
         who: returns the name of the user; asked where there is something to record.
 
     Raises:
         clinical_orchestration.audit.trail.AuditError: it cannot be recorded; the block is not entered.
     """
-    event = EVENTS.get((args.group, getattr(args, "command", None)))
+    event = EVENTS.get(words)
     from clinical_orchestration.audit.recording import Ending, change
 
     if event is None or not os.environ.get("POSTGRES_URL"):  # without a database most commands fail, and say why
@@ -83,7 +84,7 @@ def recorded(args: argparse.Namespace, who: Callable[[], str]) -> Iterator[Endin
         new=_given(args),
         address=socket.gethostname(),
     )
-    state = _STATES.get(args.group, dict)
+    state = _STATES.get(words[0], dict)
     before = state()
     with change(deployment.trail(), entry) as ending:
         yield ending

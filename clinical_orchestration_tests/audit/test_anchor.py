@@ -1,0 +1,80 @@
+"""The file outside of the database: what it keeps, crashes, rotation, several writers."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from clinical_orchestration.audit import anchor as anchor_module
+from clinical_orchestration.audit.anchor import Anchor
+from clinical_orchestration_tests.audit.rows import chained, entries, signer
+
+KEY = signer()
+ROWS = chained(entries(40), KEY)
+
+
+def test_rows_are_named_with_their_hash(tmp_path: Path) -> None:
+    anchor = Anchor(tmp_path / "audit" / "head.jsonl")
+    assert not anchor.exists
+    for row in ROWS[:3]:
+        anchor.append(row, KEY)
+    read = anchor.read(KEY)
+    assert (read.hashes, read.forged) == ({row.seq: row.hash for row in ROWS[:3]}, 0)
+    assert (anchor.path.stat().st_mode & 0o777, anchor.path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+def test_a_writer_that_comes_late_leaves_the_newer_row(tmp_path: Path) -> None:
+    anchor = Anchor(tmp_path / "head.jsonl")
+    anchor.append(ROWS[4], KEY)
+    anchor.append(ROWS[3], KEY)
+    assert anchor.read(KEY).hashes == {5: ROWS[4].hash}
+
+
+@pytest.mark.parametrize("left", [b"", b'{"seq": 2, "ha', b"\x00\xff"])
+def test_a_line_cut_off_by_a_crash_is_made_up_for(tmp_path: Path, left: bytes) -> None:
+    anchor = Anchor(tmp_path / "head.jsonl")
+    anchor.append(ROWS[0], KEY)
+    with anchor.path.open("ab") as file:
+        file.write(left)
+    anchor.append(ROWS[2], KEY)
+    read = anchor.read(KEY)
+    assert (read.hashes, read.forged) == ({1: ROWS[0].hash, 3: ROWS[2].hash}, 0)
+
+
+def test_a_full_file_makes_room_and_the_newest_rows_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anchor_module, "FULL_BYTES", 1500)
+    anchor = Anchor(tmp_path / "head.jsonl")
+    for row in ROWS:
+        anchor.append(row, KEY)
+        assert max(anchor.read(KEY).hashes) == row.seq
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 5000
+    assert anchor.read(KEY).hashes.items() <= {row.seq: row.hash for row in ROWS}.items()
+
+
+def test_a_line_written_without_the_key_is_told(tmp_path: Path) -> None:
+    anchor = Anchor(tmp_path / "head.jsonl")
+    anchor.append(ROWS[0], KEY)
+    anchor.append(replace(ROWS[1], hash="0" * 64), signer())
+    assert anchor.read(KEY).forged == 2
+    assert anchor.read(None).forged == 0
+
+
+def test_writers_at_once_leave_the_newest_row(tmp_path: Path) -> None:
+    anchor = Anchor(tmp_path / "head.jsonl")
+
+    def write(start: int) -> None:
+        for row in ROWS[start::4]:
+            anchor.append(row, KEY)
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    hashes = anchor.read(KEY).hashes
+    assert max(hashes) == 40
+    assert hashes.items() <= {row.seq: row.hash for row in ROWS}.items()
+    assert list(hashes) == sorted(hashes)
