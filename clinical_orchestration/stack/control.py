@@ -25,7 +25,7 @@ from clinical_orchestration.stack.engine import (
     taken_port,
 )
 from clinical_orchestration.stack.model import Event, OnEvent, ServiceStatus, StackError, StackStatus, State
-from clinical_orchestration.stack.ports import port_is_free
+from clinical_orchestration.stack.ports import LINGER_SECONDS, free_before
 from clinical_orchestration.stack.process import Identity, disk_cure, log_tail, spawn_detached
 from clinical_orchestration.stack.services import Context, ServiceSpec, base_environment, specs
 from clinical_orchestration.stack.settings import StackSettings, port_variable, write_private
@@ -231,8 +231,9 @@ def check_ports(settings: StackSettings, wanted: Sequence[ServiceSpec]) -> None:
     """Raise :class:`StackError` for each port of services to be started that another program has."""
     problems: list[StackError] = []
     taken: list[str] = []
+    patience = time.monotonic() + LINGER_SECONDS
     for one in wanted:
-        if one.port and not port_is_free(settings.ports[one.port]):
+        if one.port and not free_before(settings.ports[one.port], patience):
             absent = one.installed(settings) if one.installed else None
             if absent is None or one.needs_jars:
                 problems.append(taken_port(one.port, settings.ports[one.port]))

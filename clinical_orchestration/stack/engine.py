@@ -23,7 +23,7 @@ import psutil
 
 from clinical_orchestration.stack import jars, paths
 from clinical_orchestration.stack.model import Event, ServiceStatus, StackError, State
-from clinical_orchestration.stack.ports import port_is_free
+from clinical_orchestration.stack.ports import LINGER_SECONDS, free_before
 from clinical_orchestration.stack.process import (
     TOKEN_VARIABLE,
     Identity,
@@ -385,13 +385,7 @@ class Unit:
     def _check_ports(self) -> None:
         settings = self.engine.settings
         for name in (self.spec.port, *self.spec.other_ports):
-            if name is None or port_is_free(settings.ports[name]):
-                continue
-            # the ports of a process that just ended can stay taken for a moment
-            deadline = time.monotonic() + 1.0
-            while not port_is_free(settings.ports[name]) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            if port_is_free(settings.ports[name]):
+            if name is None or free_before(settings.ports[name], time.monotonic() + LINGER_SECONDS):
                 continue
             if name in INTERNAL_PORTS and not os.environ.get(port_variable(name)):
                 settings.pick_port(name)

@@ -12,12 +12,15 @@ import contextlib
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Iterable
 
 from clinical_orchestration.stack.model import StackError
 
 LOOPBACK = "127.0.0.1"
 FIRST, LAST = 20000, 31999  # below the range that the system hands out itself
+LINGER_SECONDS = 2.0
+"""A killed process keeps its ports until its memory is given back; it is no longer seen as its user's then."""
 
 
 class Reservations:
@@ -81,4 +84,13 @@ def port_is_free(port: int) -> bool:
             probe.listen(1)
         except OSError:
             return False
+    return True
+
+
+def free_before(port: int, deadline: float) -> bool:
+    """Whether a port is free, or becomes so before a moment of the monotonic clock."""
+    while not port_is_free(port):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.05)
     return True

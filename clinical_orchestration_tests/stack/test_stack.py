@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -321,6 +322,14 @@ def test_a_taken_port_names_port_holder_and_setting(tmp_path: Path) -> None:
             control.check_ports(settings, [services.spec("redis")])
 
     assert "CLINICAL_PORT_REDIS" in raised.value.cure
+
+
+def test_a_port_that_is_just_being_given_back_is_waited_for(tmp_path: Path) -> None:
+    other = socket.create_server((LOOPBACK, 0))
+    settings = StackSettings.load(tmp_path, ports={"redis": other.getsockname()[1]})
+    threading.Timer(0.3, other.close).start()
+
+    control.check_ports(settings, [services.spec("redis")])
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
