@@ -143,7 +143,7 @@ def test_a_changed_key_leaves_old_rows_valid() -> None:
     only_new = Signer.from_fernet(new)
     finding = verify(rows, only_new, {}).finding
     assert finding is not None
-    assert (finding.seq, rows[0].key_id in finding.what) == (1, True)
+    assert (finding.seq, str(rows[0].key_id) in finding.what) == (1, True)
     with pytest.raises(UnknownKeyError):
         after.check("unknown", "text", "00")
 
