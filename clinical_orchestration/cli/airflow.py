@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from clinical_orchestration.cli.command import Command, CommandError, Group, build_parser
-from clinical_orchestration.cli.groups import connections, dags, pools, secret_key, system, tasks, variables
+from clinical_orchestration.cli.groups import connections, dags, pools, secret_key, system, tasks, users, variables
 
 ENTRIES: tuple[Group | Command, ...] = (
     dags.GROUP,
@@ -14,6 +14,8 @@ ENTRIES: tuple[Group | Command, ...] = (
     connections.GROUP,
     variables.GROUP,
     pools.GROUP,
+    users.USERS,
+    users.ROLES,
     system.DB,
     system.JOBS,
     system.INFO,
@@ -25,14 +27,16 @@ ENTRIES: tuple[Group | Command, ...] = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0 done, 1 failed (the reason is on standard error), 2 not understood."""
     chosen = build_parser("airflow", ENTRIES).parse_args(arguments)
-    from clinical_orchestration.cli.deployment import identity, use_stack
+    from clinical_orchestration.cli.deployment import use_stack
+    from clinical_orchestration.cli.permissions import permitted
     from clinical_orchestration.cli.recording import recorded
     from clinical_orchestration.platform.crypto import SecretKeyError
     from clinical_orchestration.platform.store import StoreUnavailableError
 
     try:
         use_stack()
-        with recorded((chosen.group, getattr(chosen, "command", None)), chosen, lambda: identity().name):
+        words = (chosen.group, getattr(chosen, "command", None))
+        with recorded(words, chosen, permitted(words, chosen)):
             chosen.handler(chosen)
         sys.stdout.flush()
     except (CommandError, SecretKeyError, StoreUnavailableError) as error:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from clinical_orchestration.cohorts.cohort import AttritionStep
     from clinical_orchestration.stores.spark_jobs import SparkJobs
 
-GROUPS = ("cohort", "kafka", "features", "spark", "data", "models", "audit")
+GROUPS = ("cohort", "kafka", "features", "spark", "data", "models", "audit", "users")
 """First words of a command line that are answered here."""
 
 SHOWN_ROWS = 50
@@ -56,7 +56,7 @@ def run(arguments: Sequence[str], display: Display) -> tuple[Result, int]:
     from pydantic import ValidationError
 
     from clinical_orchestration.cli.command import CommandError
-    from clinical_orchestration.cli.deployment import identity
+    from clinical_orchestration.cli.permissions import permitted
     from clinical_orchestration.cli.recording import recorded
     from clinical_orchestration.clients import ClientError
     from clinical_orchestration.platform.crypto import SecretKeyError
@@ -65,7 +65,8 @@ def run(arguments: Sequence[str], display: Display) -> tuple[Result, int]:
     from clinical_orchestration.stores.spark_jobs import SparkJobError
 
     try:
-        with recorded((arguments[0], values.command), values, lambda: identity().name) as ending:
+        words = (arguments[0], values.command)
+        with recorded(words, values, permitted(words, values)) as ending:
             result, status = values.handler(values, display)
             if status:
                 ending.failed = f"exit status {status}"
@@ -183,8 +184,15 @@ def build_parser() -> argparse.ArgumentParser:
     experiment.add_argument("name")
 
     from clinical_orchestration.cli import audit
+    from clinical_orchestration.cli.groups import users
 
     audit.add_commands(partial(group("audit", "the audit trail: who changed what"), of_trial=False))
+
+    add = group("users", "users, their roles, passwords and tokens")
+    for name, text, work, args in users.CLINICAL:
+        made = add(name, partial(_users, work), text, of_trial=False)
+        for arg in args:
+            arg.add_to(made)
     return parser
 
 
@@ -596,6 +604,19 @@ def _rows(display: Display, values: argparse.Namespace, name: str, rows: pl.Data
         if len(data) > SHOWN_ROWS:
             display.write(f"  and {len(data) - SHOWN_ROWS} more; --json gives all")
     return {name: data}
+
+
+def _users(
+    work: Callable[[argparse.Namespace], str | list[dict[str, Any]]], values: argparse.Namespace, display: Display
+) -> tuple[Result, int]:
+    made = work(values)
+    if isinstance(made, str):
+        if not values.json:
+            display.write(made)
+        return {"result": made}, 0
+    if not values.json and made:
+        display.table(tuple(made[0]), [tuple(_cell(one) for one in row.values()) for row in made])
+    return {"rows": made}, 0
 
 
 def _plain(value: Any) -> Any:

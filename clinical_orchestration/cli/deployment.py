@@ -48,7 +48,7 @@ def store() -> PlatformStore:
     """
     from clinical_orchestration.platform.store import PlatformStore
 
-    return PlatformStore(_url())
+    return PlatformStore(url())
 
 
 def trail() -> AuditTrail:
@@ -59,7 +59,7 @@ def trail() -> AuditTrail:
     """
     from clinical_orchestration.audit.trail import AuditTrail
 
-    return AuditTrail(_url())
+    return AuditTrail(url())
 
 
 def identity() -> Identity:
@@ -68,23 +68,33 @@ def identity() -> Identity:
     Raises:
         CommandError: the environment names no database, or a user that may not log in.
     """
-    from clinical_orchestration.users.cli_identity import current_identity
+    from clinical_orchestration.users.cli_identity import PASSWORD_VARIABLE, USER_VARIABLE, current_identity
     from clinical_orchestration.users.store import LoginError, UserStore
 
     try:
-        return current_identity(UserStore(_url()))
+        return current_identity(UserStore(url()))
     except LoginError as error:
-        raise CommandError(str(error)) from None
+        import socket
+
+        from clinical_orchestration.audit.trail import AuditEntry
+
+        trail().record(AuditEntry("login_failed", "?", "cli", address=socket.gethostname()))
+        raise CommandError(f"{USER_VARIABLE} and {PASSWORD_VARIABLE}: {error}") from None
 
 
-def _url() -> str:
-    url = os.environ.get("POSTGRES_URL", "")
-    if not url:
+def url() -> str:
+    """Return the address of the platform's database.
+
+    Raises:
+        CommandError: the environment names none.
+    """
+    found = os.environ.get("POSTGRES_URL", "")
+    if not found:
         raise CommandError(
             "There is no database: POSTGRES_URL is not set. Start the stack (./pipeline-manager.sh --start), or in a "
             'shell of its own: eval "$(./pipeline-manager.sh --env)"'
         )
-    return url
+    return found
 
 
 @contextlib.contextmanager

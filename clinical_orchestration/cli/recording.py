@@ -13,6 +13,7 @@ from clinical_orchestration.cli.command import CommandError
 
 if TYPE_CHECKING:
     from clinical_orchestration.audit.recording import Ending
+    from clinical_orchestration.audit.trail import AuditEntry
 
 ORIGIN = "cli"
 
@@ -30,7 +31,14 @@ EVENTS: Mapping[tuple[str, str | None], str] = {
     ("pools", "import"): "cli_pool_import",
     ("pools", "set"): "cli_pool_set",
     ("rotate-fernet-key", None): "cli_rotate_fernet_key",
+    ("roles", "create"): "cli_roles_create",
+    ("roles", "delete"): "cli_roles_delete",
     ("tasks", "clear"): "cli_task_clear",
+    ("users", "add-role"): "cli_users_manage_role",
+    ("users", "create"): "cli_users_create",
+    ("users", "delete"): "cli_users_delete",
+    ("users", "remove-role"): "cli_users_manage_role",
+    ("users", "reset-password"): "cli_user_reset_password",
     ("variables", "delete"): "cli_variables_delete",
     ("variables", "import"): "cli_variables_import",
     ("variables", "set"): "cli_variables_set",
@@ -42,6 +50,9 @@ EVENTS: Mapping[tuple[str, str | None], str] = {
     ("spark", "kill"): "cli_spark_kill",
     ("spark", "stream"): "cli_spark_stream",
     ("spark", "submit"): "cli_spark_submit",
+    ("users", "password"): "cli_user_reset_password",
+    ("users", "roles"): "cli_users_manage_role",
+    ("users", "token"): "cli_users_token",
 }
 """Event by the words of a command."""
 
@@ -69,21 +80,9 @@ def recorded(words: tuple[str, str | None], args: argparse.Namespace, who: Calla
     if event is None or not os.environ.get("POSTGRES_URL"):  # without a database most commands fail, and say why
         yield Ending()
         return
-    import socket
-
-    from clinical_orchestration.audit.trail import AuditEntry
     from clinical_orchestration.platform.database import StoreUnavailableError
 
-    entry = AuditEntry(
-        event,
-        who(),
-        ORIGIN,
-        dag_id=getattr(args, "dag_id", None),
-        task_id=getattr(args, "task_id", None),
-        run_id=getattr(args, "run_id", None),
-        new=_given(args),
-        address=socket.gethostname(),
-    )
+    entry = _entry(event, args, who())
     state = _STATES.get(words[0], dict)
     before = state()
     with change(deployment.trail(), entry) as ending:
@@ -94,6 +93,32 @@ def recorded(words: tuple[str, str | None], args: argparse.Namespace, who: Calla
             names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
             ending.old = {name: before[name][0] for name in names if name in before} or None
             ending.new = {name: after[name][0] for name in names if name in after} or None
+
+
+def record_refused(words: tuple[str, str | None], args: argparse.Namespace, who: str) -> None:
+    """Record that somebody may not give a command, if it is one that changes something."""
+    from clinical_orchestration.audit.recording import refused
+
+    event = EVENTS.get(words)
+    if event is not None:
+        refused(deployment.trail(), _entry(event, args, who))
+
+
+def _entry(event: str, args: argparse.Namespace, who: str) -> AuditEntry:
+    import socket
+
+    from clinical_orchestration.audit.trail import AuditEntry
+
+    return AuditEntry(
+        event,
+        who,
+        ORIGIN,
+        dag_id=getattr(args, "dag_id", None),
+        task_id=getattr(args, "task_id", None),
+        run_id=getattr(args, "run_id", None),
+        new=_given(args),
+        address=socket.gethostname(),
+    )
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -144,8 +169,18 @@ def _pools() -> dict[str, tuple[Any, ...]]:
     }
 
 
+def _users() -> dict[str, tuple[Any, ...]]:
+    from clinical_orchestration.users.store import UserStore
+
+    return {
+        user.username: ({"roles": list(user.roles), "email": user.email}, user.changed_on)
+        for user in UserStore(deployment.url()).users()
+    }
+
+
 _STATES: Mapping[str, Callable[[], dict[str, tuple[Any, ...]]]] = {
     "connections": _connections,
     "variables": _variables,
     "pools": _pools,
+    "users": _users,
 }

@@ -9,8 +9,8 @@ DEFAULT_PASSWORD = "admin"  # noqa: S105 - everybody knows it; it is refused whe
 PASSWORD_VARIABLE = "CLINICAL_ADMIN_PASSWORD"  # noqa: S105 - a name
 
 _CURE = (
-    f"set {PASSWORD_VARIABLE} for the first start, or: clinical users create --username NAME --role Admin --email MAIL "
-    f"and clinical users password --username {DEFAULT_NAME}"
+    f"set {PASSWORD_VARIABLE} for the start, or: clinical users create NAME --role Admin, or where there is "
+    f"{DEFAULT_NAME}: clinical users password {DEFAULT_NAME}"
 )
 
 
