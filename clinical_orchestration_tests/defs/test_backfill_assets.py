@@ -56,6 +56,7 @@ class World:
         *,
         only: str | None = None,
         trial: str | None = PILOT.name,
+        config: Mapping[str, Any] | None = None,
     ) -> dg.ExecuteInProcessResult:
         definitions = build_definitions(
             {
@@ -69,8 +70,9 @@ class World:
         job = definitions.resolve_job_def(FEATURE_BACKFILL.name)
         selection = None if only is None else [asset_key(only)]
         return job.execute_in_process(
-            instance=self.instance, tags=dict(tags or {}), asset_selection=selection, raise_on_error=False
-        )
+            instance=self.instance, tags=dict(tags or {}), asset_selection=selection, raise_on_error=False,
+            run_config=dict(config or {}),
+        )  # fmt: skip
 
     def vitals(self, patient: str, *days: int, trial: str = PILOT.name, position: str | None = None) -> None:
         import pyarrow as pa
@@ -210,6 +212,24 @@ def test_conf_without_tags_sets_the_tags_of_the_run(world: World) -> None:
     assert stored is not None
     assert {name: stored.tags[name] for name in RANGE} == days("2013-05-01", "2013-05-02")
     assert world.instance.get_materialized_partitions(asset_key(PATIENT_FEATURES)) == {"2013-05-01", "2013-05-02"}
+
+
+def test_a_run_triggered_with_conf_as_airflow_does_covers_its_range(world: World) -> None:
+    from dagster._core.remote_representation.external_data import RepositorySnap
+
+    from clinical_orchestration.airflow.catalog import dags_of
+    from clinical_orchestration.airflow.control import run_config
+
+    repository = build_definitions().get_repository_def()
+    job = repository.get_job(FEATURE_BACKFILL.name)
+    (dag,) = dags_of(RepositorySnap.from_def(repository), {job.name: job.get_job_snapshot()})
+    conf = {"start_date": "2013-05-01", "end_date": "2013-05-02", "trial": PILOT.name}
+    run = world.run(trial=None, config=run_config(dag, conf))
+    assert run.success
+    assert world.computed == [Days(date(2013, 5, 1), date(2013, 5, 2))]
+    stored = world.instance.get_run_by_id(run.run_id)
+    assert stored is not None
+    assert {name: stored.tags[name] for name in RANGE} == days("2013-05-01", "2013-05-02")
 
 
 def test_without_conf_and_tags_the_whole_trial_is_computed(world: World) -> None:
