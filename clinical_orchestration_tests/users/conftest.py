@@ -1,0 +1,38 @@
+"""Users in a database of their own, with a clock that tests move."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from clinical_orchestration.users.store import UserStore
+from clinical_orchestration_tests.cli.conftest import database
+
+__all__ = ["database"]
+
+
+class Clock:
+    """The time now, as a test has it."""
+
+    def __init__(self) -> None:
+        self.now = datetime.now(UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def seconds(self) -> float:
+        return self.now.timestamp()
+
+    def pass_by(self, **time: float) -> None:
+        self.now += timedelta(**time)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def users(database: str, clock: Clock) -> UserStore:
+    return UserStore(database, clock)
