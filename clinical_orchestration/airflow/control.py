@@ -15,7 +15,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 
 from clinical_orchestration.airflow.catalog import Catalog, Dag, dags_of
-from clinical_orchestration.airflow.database import dag_runs, paused_dags, run_attempts, task_instances
+from clinical_orchestration.airflow.database import dag_runs, instigators, paused_dags, run_attempts, task_instances
 from clinical_orchestration.airflow.runs import CONF_TAG, RUN_ID_TAG, DagRun, RunBook, add_attempt, run_id_for
 from clinical_orchestration.airflow.states import FAILED, FINISHED, QUEUED, RUNNING, SUCCESS
 from clinical_orchestration.contract import PIPELINES
@@ -141,6 +141,16 @@ class Control:
                 )
             result[dag.dag_id] = Switch(stopped, None if stopped else dag.next_tick(now))
         return result
+
+    def version(self) -> tuple[Any, ...]:
+        """Return what changes when a code location is loaded anew or a DAG is paused or unpaused, by whomever.
+
+        One small query; what the DAGs look like follows from it and the time of day.
+        """
+        self.runs.prepare()
+        self.catalog()
+        with self._engine.connect() as connection:
+            return self._version, *connection.execute(_SWITCHES).one()
 
     def set_paused(self, dag: Dag, paused: bool) -> None:
         """Pause a DAG: its schedule and the sensors that start it are stopped; or the other way round.
@@ -472,6 +482,14 @@ class Control:
         if not instance.run_coordinator.cancel_run(dagster_run):
             instance.report_run_canceling(run)
             instance.report_run_canceled(run, message="Its worker does not answer; set to its state by hand.")
+
+
+_SWITCHES = sa.select(
+    sa.select(sa.func.string_agg(instigators.c.selector_id + instigators.c.status, sa.literal(" ")))
+    .select_from(instigators)
+    .scalar_subquery(),
+    sa.select(sa.func.string_agg(paused_dags.c.dag_id, sa.literal(" "))).select_from(paused_dags).scalar_subquery(),
+)
 
 
 def run_config(dag: Dag, conf: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,6 +123,7 @@ event_logs = sa.table(
     sa.column("step_key", sa.Text),
     sa.column("asset_key", sa.Text),
 )
+instigators = sa.table("instigators", sa.column("selector_id", sa.Text), sa.column("status", sa.Text))
 job_ticks = sa.table(
     "job_ticks",
     sa.column("selector_id", sa.Text),

@@ -1,7 +1,7 @@
 """The application below ``/api/v1``: which operation answers where, what it takes, who may ask it.
 
 Operations are named by the ids of Airflow's own document. Handlers are plain functions that run in worker threads; an
-answer is a JSON object, a text, or nothing (204).
+answer is a JSON object, bytes that are one, a text, or nothing (204).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
+from sqlalchemy.exc import OperationalError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -362,8 +363,8 @@ def _endpoint(
             )
         except RefusedError as error:
             return Problem(503, str(error)).response({"Retry-After": "3"})
-        except StoreUnavailableError as error:
-            _logger.warning("%s failed: %s", operation.name, error)
+        except (StoreUnavailableError, OperationalError) as error:
+            _logger.warning("%s failed: %s", operation.name, type(error).__name__)
             return Problem(503, "The platform's database does not answer.").response({"Retry-After": "3"})
         except Exception:
             # the text may hold what somebody stored; it goes to the log only
@@ -379,4 +380,5 @@ def _answer(operation: Operation, answer: Any) -> Response:
         return Response(status_code=operation.status)
     if isinstance(answer, str):
         return PlainTextResponse(answer)
-    return Response(orjson.dumps(answer), operation.status, media_type="application/json")
+    content = answer if isinstance(answer, bytes) else orjson.dumps(answer)
+    return Response(content, operation.status, media_type="application/json")

@@ -157,6 +157,8 @@ class Call:
             raise bad_request("Request body is not valid JSON") from None
         if not isinstance(value, dict):
             raise bad_request(f"{_shown(value)} is not of type 'object'")
+        if b"\\u0000" in self.content and _has_nul(value):
+            raise bad_request(_NUL)
         return value
 
 
@@ -245,11 +247,28 @@ class Body:
         return value
 
 
+_NUL = "A text holds a NUL character, which no database takes"
+
+
+def _has_nul(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_has_nul(name) or _has_nul(one) for name, one in value.items())
+    if isinstance(value, list):
+        return any(_has_nul(one) for one in value)
+    return isinstance(value, str) and "\x00" in value
+
+
 async def call_of(request: Request) -> Call:
-    """Read a request."""
+    """Read a request.
+
+    Raises:
+        Problem: its path or a parameter holds a NUL character.
+    """
     query: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
         query.setdefault(name, []).append(value)
+    if _has_nul(request.path_params) or _has_nul(query):
+        raise bad_request(_NUL)
     identity = getattr(request.state, "identity", None)
     return Call(
         path=request.path_params,

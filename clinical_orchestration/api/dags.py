@@ -9,6 +9,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from clinical_orchestration.airflow.catalog import Dag, Task
 from clinical_orchestration.airflow.control import Control, Switch, UnknownError
 from clinical_orchestration.airflow.runs import RunFilter
@@ -23,6 +25,8 @@ DAG_FIELDS = (
     "max_consecutive_failed_dag_runs", "has_task_concurrency_limits", "has_import_errors", "next_dagrun",
     "next_dagrun_data_interval_start", "next_dagrun_data_interval_end", "next_dagrun_create_after",
 )  # fmt: skip
+LISTS_KEPT = 64
+LIST_LASTS = timedelta(minutes=10)
 _CONTRACT = {pipeline.name for pipeline in PIPELINES}
 
 
@@ -31,9 +35,24 @@ class DagRoutes:
 
     def __init__(self, control: Control) -> None:
         self.control = control
+        self._lists: dict[Any, tuple[Any, datetime, bytes]] = {}
 
-    def get_dags(self, call: Call) -> dict[str, Any]:
-        """``GET /dags``."""
+    def get_dags(self, call: Call) -> bytes:
+        """``GET /dags``; an answer is kept until a DAG is loaded anew, paused or unpaused, or fires."""
+        asked = tuple((name, tuple(values)) for name, values in sorted(call.query.items()))
+        version, now = self.control.version(), datetime.now(UTC)
+        kept = self._lists.get(asked)
+        if kept is not None and kept[0] == version and now < kept[1]:
+            return kept[2]
+        until = now + LIST_LASTS
+        content = orjson.dumps(self._listed(call))
+        ticks = [dag.next_tick(now) for dag in self.control.catalog().dags.values()]
+        if len(self._lists) >= LISTS_KEPT:
+            self._lists.clear()
+        self._lists[asked] = version, min([until, *(tick for tick in ticks if tick is not None)]), content
+        return content
+
+    def _listed(self, call: Call) -> dict[str, Any]:
         limit, offset = call.page()
         order = call.order(("dag_id",), "dag_id")
         fields = _fields(call, DAG_FIELDS, "DAGCollectionSchema error")

@@ -104,7 +104,9 @@ class ChangeLog:
     def _before(self, operation: Operation, call: Call) -> Any:
         with contextlib.suppress(Exception):  # what is not there has no old value; the operation itself will say so
             if operation.name == "patch_dags":
-                return {dag["dag_id"]: dag["is_paused"] for dag in self._handler("get_dags")(call)["dags"]}
+                return {
+                    dag["dag_id"]: dag["is_paused"] for dag in orjson.loads(self._handler("get_dags")(call))["dags"]
+                }
             if operation.name in _BEFORE:
                 reader, names = _BEFORE[operation.name]
                 asked = call

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 from starlette.routing import Route
@@ -38,7 +39,7 @@ MIXIN = {
     "airflow_pool_starving_tasks",
     "airflow_pool_open_slots",
 }
-DAG = "model_monitoring"
+DAG, STEP = "model_monitoring", "check_model_performance"
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
@@ -104,31 +105,40 @@ def test_the_mixins_families_are_there_with_true_values(
 
 
 @pytest.mark.integration
-def test_waiting_tasks_starve_when_their_pool_is_full(control: Control, database: str, runs: None) -> None:
-    import sqlalchemy as sa
-
+def test_waiting_tasks_starve_when_their_pool_is_full(
+    control: Control, database: str, runs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = control.run(DAG, "metrics-good")
-    with control.runs.engine.begin() as connection:  # as if one step of a pool of one slot ran and two were ready
-        set_state = sa.text(
-            "UPDATE airflow_task_instances SET pool = 'model_training', state_set = :state "
-            "WHERE dag_run = :run AND task_id = :task"
-        )
-        rows = [("check_model_performance", "running"), ("detect_data_drift", "scheduled"),
-                ("check_concept_drift", "scheduled")]  # fmt: skip
-        for task, state in rows:
-            connection.execute(set_state, {"state": state, "run": run.id, "task": task})
-        final = sa.text("UPDATE airflow_dag_runs SET projected_final = :final, projected_event = 0 WHERE id = :run")
-        connection.execute(final, {"final": False, "run": run.id})
+    control.runs.project()
+    monkeypatch.setattr(control.runs, "project", lambda: 0)  # as if one step of a pool of one slot ran, two were ready
+    set_state = sa.text(
+        "UPDATE airflow_task_instances SET pool = :pool, state_set = :state WHERE dag_run = :run AND task_id = :task"
+    )
+    set_final = sa.text("UPDATE airflow_dag_runs SET projected_final = :final WHERE id = :run")
+    states = {
+        "check_model_performance": "running",
+        "detect_data_drift": "scheduled",
+        "check_concept_drift": "scheduled",
+    }
+    pool = control.dag(DAG).tasks["detect_data_drift"].pool
     try:
+        with control.runs.engine.begin() as connection:
+            connection.execute(set_final, {"final": False, "run": run.id})
+            for task, state in states.items():
+                values = {"pool": "model_training", "state": state, "run": run.id, "task": task}
+                connection.execute(set_state, values)
         _, samples = read(Metrics(lambda: control, database, None))
     finally:
         with control.runs.engine.begin() as connection:
-            connection.execute(
-                sa.text("UPDATE airflow_task_instances SET state_set = NULL WHERE dag_run = :run"), {"run": run.id}
-            )
-    # the projection restores the real pool of a finished run; the states set by hand stay
-    pool = control.dag(DAG).tasks["detect_data_drift"].pool
-    assert value(samples, "airflow_pool_running_slots", pool_name=pool) == 1
+            connection.execute(set_final, {"final": True, "run": run.id})
+            for task in states:
+                connection.execute(set_state, {"pool": pool, "state": None, "run": run.id, "task": task})
+    assert value(samples, "airflow_pool_running_slots", pool_name="model_training") == 1
+    assert value(samples, "airflow_pool_open_slots", pool_name="model_training") == 0
+    assert value(samples, "airflow_pool_starving_tasks", pool_name="model_training") == 2
+    assert value(samples, "airflow_pool_queued_slots", pool_name="model_training") == 0
+    assert value(samples, "airflow_scheduler_tasks_starving") == 2
+    assert value(samples, "airflow_scheduler_tasks_executable") == 0
     assert value(samples, "airflow_executor_queued_tasks") == 2
 
 
