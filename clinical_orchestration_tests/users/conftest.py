@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
+import argon2
 import pytest
 
+from clinical_orchestration.users import passwords
 from clinical_orchestration.users.store import UserStore
 from clinical_orchestration_tests.cli.conftest import database
 
@@ -36,3 +39,13 @@ def clock() -> Clock:
 @pytest.fixture
 def users(database: str, clock: Clock) -> UserStore:
     return UserStore(database, clock)
+
+
+@pytest.fixture
+def quick_hashes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hashes that take a millisecond; the real ones are meant to take long."""
+    quick = argon2.PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
+    monkeypatch.setattr(passwords, "_hasher", lambda: quick)
+    passwords._nobody.cache_clear()
+    yield
+    passwords._nobody.cache_clear()
