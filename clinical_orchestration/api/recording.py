@@ -24,6 +24,7 @@ _EVENTS = {
 }  # fmt: skip
 _CONNECTION = ("conn_type", "description", "host", "login", "schema", "port", "extra")
 _POOL = ("name", "slots", "description", "include_deferred")
+_USER = ("username", "email", "roles")
 _VARIABLE = ("key", "value", "description")
 # the operation that reads what another one changes, and the fields that this may change
 _BEFORE: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -42,6 +43,10 @@ _BEFORE: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "delete_variable": ("get_variable", _VARIABLE),
     "patch_pool": ("get_pool", _POOL),
     "delete_pool": ("get_pool", _POOL),
+    "patch_user": ("get_user", _USER),
+    "delete_user": ("get_user", _USER),
+    "patch_role": ("get_role", ("actions",)),
+    "delete_role": ("get_role", ("actions",)),
 }
 _COLUMNS = {"dag_id": "dag_id", "dag_run_id": "run_id", "task_id": "task_id"}
 _NUMBERS = {"map_index": "map_index", "task_try_number": "try_number"}
