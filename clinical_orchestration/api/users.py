@@ -161,7 +161,7 @@ class UserRoutes:
     def _user(self, call: Call) -> User:
         name = call.path["username"]
         try:
-            return self._store.user(_checked_path(name))
+            return self._store.user(name)
         except UnknownUserError:
             raise not_found("User not found", f"The User with username `{name}` was not found") from None
 
@@ -171,10 +171,6 @@ class UserRoutes:
             return self._store.role(name)
         except UnknownRoleError:
             raise not_found("Role not found", f"Role with name {name!r} was not found") from None
-
-
-def _checked_path(name: str) -> str:
-    return name.replace("\x00", "\ufffd")  # no database takes it, so that there is no such user
 
 
 def _show_user(user: User) -> dict[str, Any]:
@@ -211,7 +207,7 @@ def _read_user(values: dict[str, Any], required: tuple[str, ...]) -> dict[str, A
         shortest = int(name in _NOT_EMPTY)
         if not shortest <= len(text) <= longest:
             raise bad_request(str({name: [f"Length must be between {shortest} and {longest}."]}))
-        found[name] = _stored_text(name, text)
+        found[name] = text
     if "roles" in values:
         found["roles"] = [_name_of(role, "roles") for role in _list(values["roles"], "roles")]
     return found
@@ -232,7 +228,7 @@ def _read_role(body: Body) -> tuple[str | None, list[Permission] | None]:
     if name is not None and not 1 <= len(name) <= 64:
         raise bad_request(str({"name": ["Length must be between 1 and 64."]}))
     if body.values.get("actions") is None:
-        return _stored_text("name", name) if name is not None else None, None
+        return name, None
     permissions: list[Permission] = []
     for item in _list(body.values["actions"], "actions"):
         if not isinstance(item, dict):
@@ -243,7 +239,7 @@ def _read_role(body: Body) -> tuple[str | None, list[Permission] | None]:
         if resource not in RESOURCES:
             raise bad_request(f"The specified resource: {resource!r} was not found")
         permissions.append((action, resource))
-    return _stored_text("name", name) if name is not None else None, permissions
+    return name, permissions
 
 
 def _list(value: Any, name: str) -> list[Any]:
@@ -257,9 +253,3 @@ def _name_of(value: Any, field: str) -> str:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or set(value) != {"name"}:
         raise bad_request(str({field: ["Must be an object with a name."]}))
     return str(value["name"])
-
-
-def _stored_text(name: str, text: str) -> str:
-    if "\x00" in text:
-        raise bad_request(str({name: ["Holds a NUL character, which no database takes."]}))
-    return text
