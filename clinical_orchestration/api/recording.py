@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -89,8 +90,11 @@ class ChangeLog:
 
     def _entry(self, operation: Operation, call: Call) -> AuditEntry:
         columns: dict[str, Any] = {_COLUMNS[name]: value for name, value in call.path.items() if name in _COLUMNS}
-        numbers = {name: value for name, value in call.path.items() if name in _NUMBERS and value.lstrip("-").isdigit()}
-        columns |= {_NUMBERS[name]: int(value) for name, value in numbers.items() if abs(int(value)) < 2**31}
+        columns |= {
+            _NUMBERS[name]: int(value)
+            for name, value in call.path.items()
+            if name in _NUMBERS and re.fullmatch(r"-?[0-9]{1,9}", value)
+        }
         new = _body(call)
         if columns.get("run_id") is None and isinstance(new, dict) and isinstance(new.get("dag_run_id"), str):
             columns["run_id"] = new["dag_run_id"]

@@ -3,7 +3,8 @@
 ``head.jsonl`` has one line a row that was recorded: number, hash, and a signature where there is a key. A line is
 written after the row's transaction, so that a crash between the two leaves the anchor behind the trail and never
 before it; the next line makes up for it. A line that a crash cut off is passed over. The file becomes ``head.jsonl.1``
-when it is full, in place of the older one.
+when it is full, in place of the older one. Where a new row takes a number that was named with another hash, rows were
+taken off the end: the files are put aside as ``head.jsonl.conflict`` then, so that the trail cannot outgrow them.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Anchor:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._older = path.with_name(f"{path.name}.1")
+        self._evidence = path.with_name(f"{path.name}.conflict")
 
     @property
     def exists(self) -> bool:
@@ -66,6 +68,7 @@ class Anchor:
             size = os.fstat(handle).st_size
             tail = os.pread(handle, _LINE_BYTES, max(0, size - _LINE_BYTES))
             if max((seq for seq, *_ in _lines(tail)), default=0) >= row.seq:
+                self._keep_evidence(row)
                 return
             line = {"seq": row.seq, "hash": row.hash}
             if signer is not None:
@@ -77,18 +80,26 @@ class Anchor:
         if size > FULL_BYTES:
             os.replace(self.path, self._older)
 
+    def _keep_evidence(self, row: Row) -> None:
+        """Put the files aside where they name another row in the place of this one, before they make room for it."""
+        if not self._evidence.exists() and self.read(None).hashes.get(row.seq, row.hash) != row.hash:
+            part = self._evidence.with_suffix(".part")
+            part.write_bytes(b"\n".join(path.read_bytes() for path in (self._older, self.path) if path.exists()))
+            part.chmod(0o600)
+            os.replace(part, self._evidence)
+
     def read(self, signer: Signer | None) -> Anchors:
-        """Return what was anchored, the older file's part too.
+        """Return what was anchored, in the older file and in one that was put aside too.
 
         Raises:
             OSError: a file is there and cannot be read.
         """
         hashes: dict[int, str] = {}
         forged = 0
-        for path in (self._older, self.path):
+        for path in (self._evidence, self._older, self.path):
             content = path.read_bytes() if path.exists() else b""
             for seq, digest, key_id, mac in _lines(content):
-                hashes[seq] = digest
+                hashes.setdefault(seq, digest)  # what was said first counts
                 if signer is not None and not forged and not _right(signer, seq, digest, key_id, mac):
                     forged = seq
         return Anchors(hashes, forged)

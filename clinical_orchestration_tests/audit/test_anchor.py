@@ -10,6 +10,7 @@ import pytest
 
 from clinical_orchestration.audit import anchor as anchor_module
 from clinical_orchestration.audit.anchor import Anchor
+from clinical_orchestration.audit.chain import verify
 from clinical_orchestration_tests.audit.rows import chained, entries, signer
 
 KEY = signer()
@@ -78,3 +79,19 @@ def test_writers_at_once_leave_the_newest_row(tmp_path: Path) -> None:
     assert max(hashes) == 40
     assert hashes.items() <= {row.seq: row.hash for row in ROWS}.items()
     assert list(hashes) == sorted(hashes)
+
+
+def test_a_trail_that_grows_again_does_not_push_out_what_was_taken_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anchor = Anchor(tmp_path / "head.jsonl")
+    for row in ROWS[:8]:
+        anchor.append(row, KEY)
+    other = [*ROWS[:6], *chained(entries(200)[::-1], KEY)[6:]]
+    monkeypatch.setattr(anchor_module, "FULL_BYTES", 1000)
+    for row in other[6:]:
+        anchor.append(row, KEY)
+    finding = verify(other, None, anchor.read(KEY).hashes).finding
+    assert finding is not None
+    assert finding.seq <= 7
+    assert anchor.read(KEY).hashes[7] == ROWS[6].hash

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from clinical_orchestration.api.app import OPERATIONS, Operation
+from clinical_orchestration.api.call import Call
+from clinical_orchestration.api.recording import ChangeLog, changes
 from clinical_orchestration.audit.recording import change, connection_value, refused, variable_value
 from clinical_orchestration.audit.trail import AuditEntry, AuditError
 
@@ -73,3 +79,21 @@ def test_values_of_connections_and_variables_are_masked() -> None:
     assert shown == {"host": "h", "password": "***", "extra": "***", "login": None}
     assert variable_value({"key": "slack_webhook_url", "value": "tiger"})["value"] == "***"
     assert variable_value({"key": "model_name", "value": "x"})["value"] == "x"
+
+
+@pytest.mark.parametrize("operation", [one for one in OPERATIONS if changes(one)], ids=lambda one: one.name)
+def test_every_changing_operation_is_recorded_without_secrets(operation: Operation) -> None:
+    records = Records()
+    body = {"key": "my_secret", "password": "tiger-2", "conf": {"token": "tiger-3"}, "note": "n"}
+    path = dict.fromkeys(re.findall(r"{(\w+)", operation.path), "²")  # a digit, but no number
+    call = Call(path, content=json.dumps(body).encode(), user="ada", client="::1")
+
+    def handler(name: str) -> Callable[[Call], Any]:
+        return lambda asked: {"dag_run_id": "made"} if name == operation.name else {}
+
+    ChangeLog(records, handler).run(operation, call)
+    begun, done = records.entries
+    assert (begun.who, begun.origin, begun.address) == ("ada", "api", "::1")
+    assert (done.event, done.run_id) == (f"{begun.event}.done", "made")
+    assert "tiger" not in str([one.values() for one in records.entries])
+    assert '"note":"n"' in str(begun.values()["new"])

@@ -17,6 +17,7 @@ from typing import Any
 import psycopg2
 import pytest
 
+from clinical_orchestration.audit import anchor
 from clinical_orchestration.audit.chain import GENESIS, STORED, Row, link
 from clinical_orchestration.audit.trail import ANCHOR, AuditEntry, AuditError, AuditTrail, Filter
 from clinical_orchestration.platform.crypto import new_key
@@ -178,6 +179,17 @@ def test_an_anchor_that_is_gone_is_told(trail: AuditTrail) -> None:
     assert trail.anchor is not None
     trail.anchor.path.unlink()
     assert "anchor" in finding(trail)[1]
+
+
+def test_rows_taken_off_stay_missed_when_the_trail_grows_again(
+    trail: AuditTrail, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(trail)
+    as_superuser(database, "delete from clinical_audit where seq > 6")
+    monkeypatch.setattr(anchor, "FULL_BYTES", 500)
+    filled(trail, 20)
+    seq, text = finding(trail)
+    assert (seq, "rewritten" in text) == (7, True)
 
 
 def test_a_crash_between_row_and_anchor_is_no_tampering(
