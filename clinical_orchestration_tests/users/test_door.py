@@ -204,14 +204,11 @@ def test_basic_authentication_and_tokens_need_no_csrf_token(world: World) -> Non
     assert world.client(secret).get("/x").status_code == 401
 
 
-@pytest.mark.parametrize(
-    "header",
-    ["Basic", "Basic !!!", "Basic " + base64.b64encode(b"admin").decode(), "Bearer", "Bearer x", "Negotiate abc", "",
-     "Basic " + base64.b64encode(b"admin\x00:admin").decode(), "Basic " + base64.b64encode(b"\xff:\xfe").decode()],
-)  # fmt: skip
-def test_an_authorization_that_makes_no_sense_is_401(world: World, header: str) -> None:
+def test_an_authorization_that_makes_no_sense_is_401(world: World) -> None:
     client = world.browser()
-    assert client.get("/x", headers={"authorization": header}).status_code == 401
+    coded = [base64.b64encode(text).decode() for text in (b"admin", b"admin\x00:admin", b"\xff:\xfe")]
+    for header in ("Basic", "Basic !!!", "Bearer", "Bearer x", "Negotiate abc", "", *(f"Basic {one}" for one in coded)):
+        assert client.get("/x", headers={"authorization": header}).status_code == 401, header
 
 
 def test_a_password_is_hashed_once_not_for_each_request(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,45 +381,45 @@ def test_users_by_the_api_have_airflows_shape_and_no_password(world: World) -> N
     assert ("post_user", "admin", "api") in world.events()
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "body", "status", "detail"),
-    [
-        ("POST", "users", user_body("admin", password="x"), 409, "`admin` already exists. Use PATCH to update."),
-        ("POST", "users", user_body("a", email="ADMIN@example.com", password="x"), 409, "is already taken"),
-        ("POST", "users", {"username": "a"}, 400, "Missing data for required field."),
-        ("POST", "users", user_body("a", password="x", roles=[{"name": "Boss"}]), 400, "Unknown roles: 'Boss'"),
-        ("POST", "users", user_body("a", password="x", active=False), 400, "Unknown field."),
-        ("POST", "users", user_body("a", password="x", roles=[None]), 400, "name"),
-        ("POST", "users", user_body("", password="x"), 400, "Length"),
-        ("POST", "users", user_body("a\x00", password="x"), 400, "NUL"),
-        ("POST", "users", user_body("a", password=""), 400, "Length"),
-        ("PATCH", "users/nobody", user_body("nobody"), 404, "The User with username `nobody` was not found"),
-        ("PATCH", "users/admin", {"username": "admin"}, 400, "Missing data for required field."),
-        ("PATCH", "users/admin?update_mask=colour", user_body("admin"), 400, "Unknown update masks: 'colour'"),
-        ("DELETE", "users/nobody", None, 404, "was not found"),
-        ("GET", "users/%00", None, 400, "NUL"),
-        ("GET", "users?order_by=password", None, 400, "Ordering with 'password' is disallowed"),
-        ("GET", "users?limit=-1", None, 400, None),
-        ("POST", "roles", {"name": "Viewer", "actions": []}, 409, "already exists"),
-        ("POST", "roles", {"actions": []}, 400, "Missing data"),
-        ("POST", "roles", {"name": "R", "actions": [{"action": {"name": "can_fly"}, "resource": {"name": "DAGs"}}]},
-         400, "The specified action: 'can_fly' was not found"),
-        ("POST", "roles", {"name": "R", "actions": [{"action": {"name": "can_read"}, "resource": {"name": "X"}}]},
-         400, "The specified resource: 'X' was not found"),
-        ("POST", "roles", {"name": "R", "actions": [None]}, 400, "Invalid type"),
-        ("PATCH", "roles/Viewer", {"name": "Seer"}, 400, "stays as it is"),
-        ("DELETE", "roles/Admin", None, 400, "stays as it is"),
-        ("DELETE", "roles/R", None, 404, "Role with name 'R' was not found"),
-        ("GET", "roles?order_by=colour", None, 400, "disallowed"),
-    ],
-)  # fmt: skip
-def test_mistakes_are_answered_as_airflow_does(
-    world: World, method: str, path: str, body: Any, status: int, detail: str | None
-) -> None:
-    answer = world.client("admin", "admin").request(method, f"/api/v1/{path}", json=body)
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert detail is None or detail in answer.json()["detail"]
+MISTAKES: list[tuple[str, str, Any, int, str | None]] = [
+    ("POST", "users", user_body("admin", password="x"), 409, "`admin` already exists. Use PATCH to update."),
+    ("POST", "users", user_body("a", email="ADMIN@example.com", password="x"), 409, "is already taken"),
+    ("POST", "users", {"username": "a"}, 400, "Missing data for required field."),
+    ("POST", "users", user_body("a", password="x", roles=[{"name": "Boss"}]), 400, "Unknown roles: 'Boss'"),
+    ("POST", "users", user_body("a", password="x", active=False), 400, "Unknown field."),
+    ("POST", "users", user_body("a", password="x", roles=[None]), 400, "name"),
+    ("POST", "users", user_body("", password="x"), 400, "Length"),
+    ("POST", "users", user_body("a\x00", password="x"), 400, "NUL"),
+    ("POST", "users", user_body("a", password=""), 400, "Length"),
+    ("PATCH", "users/nobody", user_body("nobody"), 404, "The User with username `nobody` was not found"),
+    ("PATCH", "users/admin", {"username": "admin"}, 400, "Missing data for required field."),
+    ("PATCH", "users/admin?update_mask=colour", user_body("admin"), 400, "Unknown update masks: 'colour'"),
+    ("DELETE", "users/nobody", None, 404, "was not found"),
+    ("GET", "users/%00", None, 400, "NUL"),
+    ("GET", "users?order_by=password", None, 400, "Ordering with 'password' is disallowed"),
+    ("GET", "users?limit=-1", None, 400, None),
+    ("POST", "roles", {"name": "Viewer", "actions": []}, 409, "already exists"),
+    ("POST", "roles", {"actions": []}, 400, "Missing data"),
+    ("POST", "roles", {"name": "R", "actions": [{"action": {"name": "can_fly"}, "resource": {"name": "DAGs"}}]},
+     400, "The specified action: 'can_fly' was not found"),
+    ("POST", "roles", {"name": "R", "actions": [{"action": {"name": "can_read"}, "resource": {"name": "X"}}]},
+     400, "The specified resource: 'X' was not found"),
+    ("POST", "roles", {"name": "R", "actions": [None]}, 400, "Invalid type"),
+    ("PATCH", "roles/Viewer", {"name": "Seer"}, 400, "stays as it is"),
+    ("DELETE", "roles/Admin", None, 400, "stays as it is"),
+    ("DELETE", "roles/R", None, 404, "Role with name 'R' was not found"),
+    ("GET", "roles?order_by=colour", None, 400, "disallowed"),
+]  # fmt: skip
+
+
+def test_mistakes_are_answered_as_airflow_does(world: World) -> None:
+    client = world.client("admin", "admin")
+    client.get("/")
+    for method, path, body, status, detail in MISTAKES:
+        answer = client.request(method, f"/api/v1/{path}", json=body)
+        assert answer.status_code == status, (method, path, body, answer.text)
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert detail is None or detail in answer.json()["detail"], (method, path, body, answer.text)
 
 
 def test_roles_and_permissions_by_the_api(world: World) -> None:
