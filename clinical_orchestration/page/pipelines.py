@@ -143,7 +143,8 @@ def run_link(dag_id: str, run_id: str) -> str:
 
 def dag_links(dag: Dag, prefix: str) -> tuple[tuple[str, str], ...]:
     """Return (label, address) of the graph, runs and assets in the Dagster UI, and of the code."""
-    place = f"{prefix}/locations/{quote(f'{dag.repository}@{dag.location}')}"
+    # the UI splits the place at its @ before it decodes it
+    place = f"{prefix}/locations/{quote(f'{dag.repository}@{dag.location}', safe='@')}"
     job = f"{place}/jobs/{quote(dag.dag_id)}"
     return (
         ("Graph", job), ("Runs", f"{job}/runs"), ("Assets", f"{place}/assets"),

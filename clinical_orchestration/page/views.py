@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from clinical_orchestration.airflow.control import Control
 
 RUN_LIMIT_SECONDS = 5.0
-NOT_ALLOWED = "Your roles do not permit this. An administrator gives roles: clinical users roles NAME ROLE..."
+NOT_ALLOWED = "Your roles do not permit this; an administrator gives roles."
 
 _logger = logging.getLogger("clinical_orchestration.page")
 

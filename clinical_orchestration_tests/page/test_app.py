@@ -126,7 +126,7 @@ def test_services_are_shown_by_level_and_a_dead_process_is_not_healthy(tmp_path:
         for match in re.finditer(r'<li id="service-(\w+)".*?<span class="state ([\w-]+)">', text, re.S)
     }
     assert rows == {"kafka": "s-success", "mlflow": "s-failed"}
-    assert "3 ms" in text
+    assert "3.2 ms" in text
     assert "MLflow &lt;b&gt;" in text
 
 

@@ -368,7 +368,7 @@ def test_links_are_quoted() -> None:
         "/runs/a%20b/manual__2026-01-01T00%3A00%3A00%2B00%3A00%2Fx"
     )  # fmt: skip
     dag = Dag("job", "", (), (), {}, location="code", repository="__repository__")
-    assert dict(dag_links(dag, "/dagster"))["Graph"] == "/dagster/locations/__repository__%40code/jobs/job"
+    assert dict(dag_links(dag, "/dagster"))["Graph"] == "/dagster/locations/__repository__@code/jobs/job"
 
 
 # --- reading in the background ---------------------------------------------------------------------------------------
