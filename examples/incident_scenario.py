@@ -68,11 +68,12 @@ class Platform:
                 return run
             time.sleep(1)
 
-    def result(self, pipeline: str, run_id: str, task: str) -> dict[str, Any]:
-        """Return what a task of a run returned."""
+    def result(self, pipeline: str, run_id: str, task: str, asset: str = "") -> dict[str, Any]:
+        """Return what a task of a run returned; of a task with several assets, what the named one says."""
         path = f"dags/{pipeline}/dagRuns/{run_id}/taskInstances/{task}/xcomEntries/return_value"
         answer = self.api.get(path, params={"stringify": "false"})
-        return answer.json()["value"] if answer.status_code == 200 else {}
+        value: dict[str, Any] = answer.json()["value"] if answer.status_code == 200 else {}
+        return value.get(asset, value)
 
     def runs(self, pipeline: str) -> list[dict[str, Any]]:
         """Return the runs of a pipeline, oldest first."""
@@ -187,7 +188,7 @@ def play(platform: Platform, hospital: Hospital, days: int, timeline: Timeline) 
             f"{'':10}  day {day:5.1f}  {sent:,} messages, ingest {ingest['state']}, {answered} predictions", flush=True
         )
         quality = platform.run("data_quality_monitoring")
-        report = platform.result("data_quality_monitoring", quality["dag_run_id"], "generate_quality_report")
+        report = platform.result("data_quality_monitoring", quality["dag_run_id"], "generate_quality_report", "quality/report")
         if report.get("anomalies"):
             note(day, "quality", f"{report['anomalies']} anomalies found")
         for source in report.get("stale_sources") or ():
@@ -195,12 +196,14 @@ def play(platform: Platform, hospital: Hospital, days: int, timeline: Timeline) 
         monitoring = platform.run("model_monitoring")
         drift = platform.result("model_monitoring", monitoring["dag_run_id"], "detect_data_drift")
         concept = platform.result("model_monitoring", monitoring["dag_run_id"], "check_concept_drift")
-        performance = platform.result("model_monitoring", monitoring["dag_run_id"], "check_model_performance")
+        performance = platform.result(
+            "model_monitoring", monitoring["dag_run_id"], "check_model_performance", "monitoring/performance"
+        )
         if drift.get("status") == "drift":
             note(day, "drift", f"data: {len(drift['drifted_features'])} of {drift['features']} features")
         if concept.get("status") == "drift":
             note(day, "drift", "concept: the errors of the model grow")
-        if _performance(performance).get("status") == "degraded":
+        if performance.get("status") == "degraded":
             note(day, "drift", "performance below its interval")
         deadline = time.monotonic() + 75  # sensors look every half minute
         look(day)
@@ -211,12 +214,6 @@ def play(platform: Platform, hospital: Hospital, days: int, timeline: Timeline) 
             look(day)
         if timeline.first("promotion") is not None and day > CALM_DAYS + 2:
             break
-
-
-def _performance(result: dict[str, Any]) -> dict[str, Any]:
-    if "status" in result:
-        return result
-    return next((one for one in result.values() if isinstance(one, dict) and "status" in one), {})
 
 
 def _decision(result: dict[str, Any]) -> str:

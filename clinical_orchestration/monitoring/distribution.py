@@ -28,7 +28,7 @@ class FeatureCheck:
 
     Attributes:
         low, high: the range: plausible values of the vital sign, else the reference's values and five interquartile
-            ranges beyond; None without reference values.
+            ranges beyond; None without reference values, and for what moves with time in the trial.
         outside: share of the values outside of it.
         missing, missing_reference: shares of rows without a value.
         constant: one value throughout, where the reference has several.
@@ -78,8 +78,9 @@ def check_distribution(
 ) -> FeatureDistribution:
     """Check every current row's features.
 
-    Ranges come from all reference rows; gaps and constants are compared with those at the same time in the trial, one a
-    subject, because some features have no value or only one value in a part of the trial.
+    Ranges come from all reference rows; what moves with time in the trial (:func:`.drift.ageing`) has none, where the
+    current rows are later than the reference's. Gaps and constants are compared with those at the same time in the
+    trial, one a subject, because some features have no value or only one value in a part of the trial.
 
     Args:
         reference: rows the model was trained on; its features are those that must be there.
@@ -88,15 +89,23 @@ def check_distribution(
         feature_count_threshold: so many features a row must have at least (variable ``feature_count_threshold``).
         seed: which row of each subject is compared.
     """
-    from clinical_orchestration.monitoring.drift import one_row_a_subject
+    from clinical_orchestration.monitoring.drift import ageing, one_row_a_subject
 
-    now, whole = current.select(reference.names).values, reference.values
-    then = whole[one_row_a_subject(reference, np.random.default_rng(seed), current)]
+    rng = np.random.default_rng(seed)
+    selected = current.select(reference.names)
+    at_that_time = reference.take(one_row_a_subject(reference, rng, current))
+    moving = ageing(reference, at_that_time, selected.take(one_row_a_subject(selected, rng)), rng)
+    now, whole, then = selected.values, reference.values, at_that_time.values
     gone: NDArray[np.bool_] = np.zeros(then.shape[1], dtype=bool)
     if current.rows:
         gone = np.asarray(~np.isfinite(now).any(axis=0) & np.isfinite(then).any(axis=0))
     found = [
-        _check(name, then[:, number], now[:, number], plausible_range(name, profile) or _range(whole[:, number]))
+        _check(
+            name,
+            then[:, number],
+            now[:, number],
+            plausible_range(name, profile) or ((None, None) if moving[number] else _range(whole[:, number])),
+        )
         for number, name in enumerate(reference.names)
         if not gone[number]
     ]

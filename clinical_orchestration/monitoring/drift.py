@@ -266,8 +266,8 @@ def compare(
     now = current.select(reference.names)
     now = now.take(one_row_a_subject(now, rng))
     then, matched = resembling(reference, now, rng)
-    ageing = _ageing(reference, then, now, rng) if matched else np.zeros(len(then.names), dtype=bool)
-    return _compared(then, now, ageing, alpha, bound)
+    moving = ageing(reference, then, now, rng) if matched else np.zeros(len(then.names), dtype=bool)
+    return _compared(then, now, moving, alpha, bound)
 
 
 def _compared(then: Sample, now: Sample, ageing: NDArray[np.bool_], alpha: float, bound: float) -> DataDrift:
@@ -441,7 +441,7 @@ def _means(values: Floats) -> list[float | None]:
     return [float(s / k) if k else None for s, k in zip(total, count, strict=True)]
 
 
-def _ageing(reference: Sample, then: Sample, now: Sample, rng: np.random.Generator) -> NDArray[np.bool_]:
+def ageing(reference: Sample, then: Sample, now: Sample, rng: np.random.Generator) -> NDArray[np.bool_]:
     """Return which features move with time in the trial, by as much as the two sides differ in that.
 
     Days in the trial, cumulative counts and the like differ between any earlier and any later part of a trial. Where no

@@ -79,6 +79,22 @@ def test_features_that_a_part_of_the_trial_does_not_have_are_no_problem() -> Non
     assert check_distribution(reference, replace(late, days=late.days + 10), PILOT, 1).passed
 
 
+def test_what_grows_with_the_days_in_the_trial_has_no_range_beyond_the_reference() -> None:
+    rng = np.random.default_rng(3)
+    numbers = np.repeat(np.arange(100), 10)
+
+    def side(first_day: float, level: float = 0.0) -> Sample:
+        days = np.tile(np.arange(10.0) + first_day, 100)
+        events = np.repeat(rng.poisson(0.3, 100), 10)
+        return Sample(("grows", "level"), np.column_stack([events * days, rng.normal(level, 1, 1000)]), numbers, days)
+
+    assert check_distribution(side(0), side(60), PILOT, 1).passed
+    assert [item.name for item in check_distribution(side(0), side(60, 20.0), PILOT, 1).failing] == ["level"]
+    # on the same days of the trial, the same values are out of range
+    late = side(60)
+    assert not check_distribution(side(0), Sample(late.names, late.values, numbers, late.days - 60), PILOT, 1).passed
+
+
 def test_no_rows_break_nothing() -> None:
     nobody = Sample(NAMES, np.empty((0, 4)), np.empty(0, dtype=np.int64))
     assert not check_distribution(rows(), nobody, PILOT, 4).enough_features
