@@ -51,8 +51,9 @@ class Platform:
     def __init__(self, environment: dict[str, str]) -> None:
         import httpx
 
-        self.api = httpx.Client(base_url=environment["AIRFLOW_URL"] + "/api/v1/", timeout=60)
-        self.page = httpx.Client(base_url=environment["AIRFLOW_URL"], timeout=60)
+        login = (os.environ.get("CLINICAL_USER", "admin"), os.environ.get("CLINICAL_PASSWORD", "admin"))
+        self.api = httpx.Client(base_url=environment["AIRFLOW_URL"] + "/api/v1/", timeout=60, auth=login)
+        self.page = httpx.Client(base_url=environment["AIRFLOW_URL"], timeout=60, auth=login)
         self.serving = httpx.Client(base_url=environment["SERVING_URL"], timeout=60)
 
     def run(self, pipeline: str, **conf: Any) -> dict[str, Any]:
