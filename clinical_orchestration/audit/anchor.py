@@ -67,7 +67,7 @@ class Anchor:
         try:
             size = os.fstat(handle).st_size
             tail = os.pread(handle, _LINE_BYTES, max(0, size - _LINE_BYTES))
-            if max((seq for seq, *_ in _lines(tail)), default=0) >= row.seq:
+            if next((seq for seq, *_ in _lines(tail, reverse=True)), 0) >= row.seq:
                 self._keep_evidence(row)
                 return
             line = {"seq": row.seq, "hash": row.hash}
@@ -118,8 +118,8 @@ def _right(signer: Signer, seq: int, digest: str, key_id: str | None, mac: str |
         return False
 
 
-def _lines(content: bytes) -> Iterator[tuple[int, str, str | None, str | None]]:
-    for line in content.split(b"\n"):
+def _lines(content: bytes, *, reverse: bool = False) -> Iterator[tuple[int, str, str | None, str | None]]:
+    for line in content.split(b"\n")[:: -1 if reverse else 1]:
         try:
             found = json.loads(line)
             yield int(found["seq"]), str(found["hash"]), found.get("key_id"), found.get("mac")
