@@ -49,7 +49,11 @@ def manager(env: dict[str, str], *arguments: str) -> tuple[float, dict[str, Any]
 
 def ask(page: str, query: str, variables: dict[str, Any]) -> dict[str, Any]:
     answer = httpx.post(
-        f"{page}/dagster/graphql", json={"query": query, "variables": variables}, timeout=600, trust_env=False
+        f"{page}/dagster/graphql",
+        json={"query": query, "variables": variables},
+        timeout=600,
+        trust_env=False,
+        auth=("admin", "admin"),
     )
     data: dict[str, Any] = answer.json()["data"]
     return data
