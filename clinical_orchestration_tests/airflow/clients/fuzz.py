@@ -59,7 +59,7 @@ def run(folder: Path, url: str, seed: str, phases: str, examples: int, known: di
         "--report", "junit", "--report-junit-path", str(report), "--generation-database", "none", "--no-color",
         "--request-timeout", "20", "--continue-on-failure", "--suppress-health-check", "all", "--max-failures", "300",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if not report.is_file():
         raise SystemExit(f"schemathesis failed: {done.stdout[-3000:]}{done.stderr[-3000:]}")
     found = {}
