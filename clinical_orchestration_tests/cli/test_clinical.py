@@ -174,7 +174,7 @@ def stored(lake: DeltaTableStore, monkeypatch: pytest.MonkeyPatch) -> InMemoryOn
     store = InMemoryOnlineStore()
     values: dict[str, float | None] = {**dict.fromkeys(names), names[0]: 0.0}
     store.put([OnlineFeatures("P0", TRIAL, START, values, feature_set_id(profile))])
-    monkeypatch.setattr(online, "RedisOnlineStore", lambda *_: store)
+    monkeypatch.setattr(online, "RedisOnlineStore", lambda *_, **__: store)
     return store
 
 
