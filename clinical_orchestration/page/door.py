@@ -18,7 +18,7 @@ from clinical_orchestration.api.problems import Problem
 from clinical_orchestration.page.airflow_api import API_PREFIX
 from clinical_orchestration.page.dagster_ui import PREFIX as DAGSTER_PREFIX
 from clinical_orchestration.page.keeper import cookie_name
-from clinical_orchestration.page.rendering import render
+from clinical_orchestration.page.rendering import render, render_error
 from clinical_orchestration.platform.database import StoreUnavailableError
 from clinical_orchestration.users.passwords import csrf_token
 from clinical_orchestration.users.roles import READ
@@ -62,16 +62,16 @@ class Door:
         try:
             known = await self._keeper.known(connection)
         except LockedOutError as error:
-            answer = _locked(error)
+            answer = _locked(connection, error)
         except StoreUnavailableError:
-            answer = _unavailable()
-        if path in (LOGIN_PATH, LOGOUT_PATH) and scope["type"] == "http":
+            answer = _unavailable(connection)
+        if path.rstrip("/") in (LOGIN_PATH, LOGOUT_PATH) and scope["type"] == "http":
             answer = await self._log_in_or_out(Request(scope, receive), known)
         elif known is not None:
             state = scope.setdefault("state", {})
             state["identity"] = known.identity
             state["csrf_token"] = csrf_token(known.session) if known.session else ""
-            answer = _forbidden(known.identity, path)
+            answer = None if _may_enter(known.identity, path) else _forbidden(connection, known.identity)
             if answer is None and known.session:
                 answer, receive = await _check_origin(connection, known.session, receive)
         elif answer is None:
@@ -88,18 +88,19 @@ class Door:
 
     async def _log_in_or_out(self, request: Request, known: Known | None) -> Response:
         target = local_target(request.query_params.get("next", ""))
+        login = request.url.path.rstrip("/") == LOGIN_PATH
         if request.method == "POST":
             body = await _read_form(request.receive)
             form = _fields(body or b"")
-            if request.url.path == LOGIN_PATH:
+            if login:
                 return await self._log_in(request, known, form)
             if known is not None and known.session:
                 if not _csrf_holds(request, known.session, form):
-                    return _no_csrf()
+                    return _no_csrf(request)
                 return await self._log_out(request, known)
         elif request.method not in ("GET", "HEAD"):
             return Problem(405).response({"Allow": "GET, HEAD, POST"})
-        if known is not None and request.url.path == LOGIN_PATH and _forbidden(known.identity, target) is None:
+        if known is not None and login and _may_enter(known.identity, target):
             return RedirectResponse(target, 303)
         return _login_page(request, target, known)
 
@@ -133,7 +134,7 @@ class Door:
         try:
             await self._keeper.close_session(known, request)
         except StoreUnavailableError:
-            return _unavailable()
+            return _unavailable(request)
         answer = RedirectResponse(LOGIN_PATH, 303)
         answer.delete_cookie(cookie_name(request), secure=request.url.scheme == "https", httponly=True, samesite="lax")
         return answer
@@ -200,14 +201,25 @@ def _nobody(connection: HTTPConnection) -> Response:
     return RedirectResponse(f"{LOGIN_PATH}?next={target}", 303)
 
 
-def _forbidden(identity: Identity, path: str) -> Response | None:
-    """Refuse who may not even look; the API and the Dagster UI decide on each operation themselves."""
+def _may_enter(identity: Identity, path: str) -> bool:
+    """Return whether somebody may look at all; the API and the Dagster UI decide on each operation themselves."""
     if _below(path, API_PREFIX):
-        return None
-    resource = "DAGs" if _below(path, DAGSTER_PREFIX) else "Website"
-    if identity.may(READ, resource):
-        return None
-    return Problem(403, f"The roles of {identity.name} do not permit this; an administrator gives roles.").response()
+        return True
+    return identity.may(READ, "DAGs" if _below(path, DAGSTER_PREFIX) else "Website")
+
+
+def _refusal(connection: HTTPConnection, status: int, text: str, headers: dict[str, str] | None = None) -> Response:
+    """Return a page for people, a problem for programs."""
+    problem = Problem(status, text)
+    if not _wants_page(connection):
+        return problem.response(headers)
+    page = render_error(Request(connection.scope), status, problem.title, text)
+    page.headers.update(headers or {})
+    return page
+
+
+def _forbidden(connection: HTTPConnection, identity: Identity) -> Response:
+    return _refusal(connection, 403, f"The roles of {identity.name} do not permit this. An administrator gives roles.")
 
 
 async def _check_origin(connection: HTTPConnection, session: str, receive: Receive) -> tuple[Response | None, Receive]:
@@ -217,18 +229,18 @@ async def _check_origin(connection: HTTPConnection, session: str, receive: Recei
     if _below(scope["path"], DAGSTER_PREFIX):
         # Dagster's own scripts know no token, but browsers say where they come from; its GraphQL changes by GET too
         unsafe = unsafe or (scope["path"].endswith("/graphql") and "query" in connection.query_params)
-        return (_no_csrf() if unsafe and not _same_origin(connection) else None), receive
+        return (_no_csrf(connection) if unsafe and not _same_origin(connection) else None), receive
     if not unsafe:
         return None, receive
     if scope["type"] == "websocket":
-        return (None if _same_origin(connection) else _no_csrf()), receive
+        return (None if _same_origin(connection) else _no_csrf(connection)), receive
     if _csrf_holds(connection, session, {}):
         return None, receive
     if not connection.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
-        return _no_csrf(), receive
+        return _no_csrf(connection), receive
     body = await _read_form(receive)
     if body is None or not _csrf_holds(connection, session, _fields(body)):
-        return _no_csrf(), receive
+        return _no_csrf(connection), receive
     return None, _replay(body, receive)
 
 
@@ -276,19 +288,18 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-def _no_csrf() -> Response:
-    return Problem(403, "The CSRF token is missing or not that of this session; load the page again.").response()
+def _no_csrf(connection: HTTPConnection) -> Response:
+    return _refusal(connection, 403, "The CSRF token is missing or not that of this session; load the page again.")
 
 
-def _locked(error: LockedOutError) -> Response:
+def _locked(connection: HTTPConnection, error: LockedOutError) -> Response:
     text = str(error)
-    return Problem(401, text[0].upper() + text[1:]).response({"Retry-After": str(error.seconds)})
+    return _refusal(connection, 401, text[0].upper() + text[1:], {"Retry-After": str(error.seconds)})
 
 
-def _unavailable() -> Response:
-    return Problem(503, "Nobody can be let in now: the platform's database does not answer.").response(
-        {"Retry-After": "3"}
-    )
+def _unavailable(connection: HTTPConnection) -> Response:
+    text = "Nobody can be let in now: the platform's database does not answer."
+    return _refusal(connection, 503, text, {"Retry-After": "3"})
 
 
 def _login_page(request: Request, target: str, known: Known | None, status: int = 200, error: str = "") -> Response:

@@ -36,6 +36,8 @@ COOKIE = "clinical_session"
 SHORTEST_SERVICE_TOKEN = 16
 HASHES_AT_ONCE = 2
 """Each check of a password takes 64 MB and tens of milliseconds of a core; more of them wait their turn."""
+QUESTIONS_AT_ONCE = 4
+"""Connections to the database for secrets that nobody knows here yet."""
 
 _logger = logging.getLogger("clinical_orchestration.page")
 
@@ -102,7 +104,8 @@ class Keeper:
         self._proofs = Proofs(clock)
         self._looking = threading.Lock()
         self._prepared = False
-        self._hashing: CapacityLimiter | None = None
+        self._failing = False
+        self._limiters: dict[str, CapacityLimiter] = {}
 
     @classmethod
     def from_settings(cls, settings: PageSettings, trail: AuditTrail | None) -> Keeper:
@@ -129,7 +132,8 @@ class Keeper:
         if identity is None and kind == "basic":
             identity = await self._by_password(credential, name, _address(connection))
         elif identity is None:
-            identity = await to_thread.run_sync(self._by_secret, kind, credential, name)
+            asking = self._limiter("asking", QUESTIONS_AT_ONCE)
+            identity = await to_thread.run_sync(self._by_secret, kind, credential, name, limiter=asking)
         return None if identity is None else Known(identity, credential if kind == "session" else "")
 
     async def open_session(self, username: str, password: str, connection: HTTPConnection) -> str:
@@ -141,7 +145,7 @@ class Keeper:
             admission = self._authenticate(username, password, address, "page")
             return self._store.open_session(admission.identity.name)
 
-        return await to_thread.run_sync(enter, limiter=self._limiter())
+        return await to_thread.run_sync(enter, limiter=self._limiter("hashing", HASHES_AT_ONCE))
 
     async def close_session(self, known: Known, connection: HTTPConnection) -> None:
         """See :meth:`Doorkeeper.close_session`."""
@@ -153,22 +157,26 @@ class Keeper:
 
         await to_thread.run_sync(leave)
 
-    def _limiter(self) -> CapacityLimiter:
-        if self._hashing is None:  # made here, since it belongs to the event loop that runs now
-            self._hashing = CapacityLimiter(HASHES_AT_ONCE)
-        return self._hashing
+    def _limiter(self, what: str, most: int) -> CapacityLimiter:
+        if what not in self._limiters:  # made here, since it belongs to the event loop that runs now
+            self._limiters[what] = CapacityLimiter(most)
+        return self._limiters[what]
 
     def _look(self) -> None:
-        """Read whether users have changed; one thread does, the others wait for it."""
-        with self._looking:
-            if not self._proofs.stale:
-                return
-            try:
-                self._prepare()
-                self._proofs.revised(self._store.revision())
-            except StoreUnavailableError as error:
-                self._proofs.unreadable()
+        """Read whether users have changed; while one thread does, the others go by what is known."""
+        if not self._looking.acquire(blocking=False):
+            return
+        try:
+            self._prepare()
+            self._proofs.revised(self._store.revision())
+            self._failing = False
+        except StoreUnavailableError as error:
+            self._proofs.unreadable()
+            if not self._failing:
                 _logger.warning("the users cannot be read: %s", error)
+            self._failing = True
+        finally:
+            self._looking.release()
 
     def _prepare(self) -> None:
         if self._prepared:
@@ -199,7 +207,7 @@ class Keeper:
             self._proofs.keep(name, admission.identity, revision)
             return admission.identity
 
-        return await to_thread.run_sync(check, limiter=self._limiter())
+        return await to_thread.run_sync(check, limiter=self._limiter("hashing", HASHES_AT_ONCE))
 
     def _by_secret(self, kind: str, credential: str, name: bytes) -> Identity | None:
         revision = self._store.revision()
@@ -214,9 +222,12 @@ class Keeper:
         how: How = "session" if origin == "page" else "basic"
         try:
             admission = self._store.authenticate(username, password, address, how)
-        except LoginError as error:
-            event = "login_locked" if isinstance(error, LockedOutError) else "login_failed"
-            self._record(event, self._recorded_name(username), origin, address)
+        except LockedOutError as error:
+            if error.begins:  # what comes while it lasts would only fill the trail
+                self._record("login_locked", self._recorded_name(username), origin, address)
+            raise
+        except LoginError:
+            self._record("login_failed", self._recorded_name(username), origin, address)
             raise
         self._record("login", admission.identity.name, origin, address)
         return admission

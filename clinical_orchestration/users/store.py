@@ -97,11 +97,13 @@ class LockedOutError(LoginError):
 
     Attributes:
         seconds: from now until the next login is looked at.
+        begins: whether it was this login that led to it; it was looked at and failed.
     """
 
-    def __init__(self, seconds: int) -> None:
+    def __init__(self, seconds: int, *, begins: bool = False) -> None:
         super().__init__(f"too many failed logins; try again in {seconds} seconds")
         self.seconds = seconds
+        self.begins = begins
 
 
 class UnknownUserError(LookupError):
@@ -479,7 +481,7 @@ class UserStore(Database):
                 return max(_count_failure(cursor, kind, subject, now) for kind, subject in subjects)
 
             locked = self._write(fail)
-            raise LockedOutError(locked) if locked else LoginError("invalid login")
+            raise LockedOutError(locked, begins=True) if locked else LoginError("invalid login")
         number, stored = found
         fresh = hash_password(password) if is_outdated(stored) else stored
 

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -87,14 +88,15 @@ def test_other_sites_cannot_act_here(
     assert page.request(method, path, headers=headers).status_code == status
 
 
-def _page_without_instance(tmp_path: Path, **values: str) -> TestClient:
-    def never(_: object) -> object:
-        raise ConnectionError("no database")
+def _never(_: object) -> Any:
+    raise ConnectionError("no database")
 
+
+def _page_without_instance(tmp_path: Path, **values: str) -> TestClient:
     settings = PageSettings(
         **{"DAGSTER_HOME": str(tmp_path), "POSTGRES_URL": "", "CLINICAL_PAGE_ALLOWED_HOSTS": "testserver", **values}
     )
-    return TestClient(create_app(settings, DagsterUi(never), EverybodyIs("Admin")))  # type: ignore[arg-type]
+    return TestClient(create_app(settings, DagsterUi(_never), EverybodyIs("Admin")))
 
 
 def test_without_a_database_the_page_is_up_and_says_what_is_missing(tmp_path: Path) -> None:
@@ -107,6 +109,19 @@ def test_without_a_database_the_page_is_up_and_says_what_is_missing(tmp_path: Pa
         assert starting.status_code == 503
         assert "is starting" in starting.text
         assert client.post("/dagster/graphql", json={"query": "{version}"}).status_code == 503
+
+
+def test_nobody_gets_in_without_a_login(tmp_path: Path) -> None:
+    settings = PageSettings(DAGSTER_HOME=str(tmp_path), POSTGRES_URL="", CLINICAL_PAGE_ALLOWED_HOSTS="testserver")
+    app = create_app(settings, DagsterUi(_never))
+    with TestClient(app, follow_redirects=False) as client:
+        for path in ("/", "/dagster/", "/dagster/runs", "/runs/a/b"):
+            answer = client.get(path, headers={"accept": "text/html"})
+            assert (answer.status_code, answer.headers["location"].split("=")[0]) == (303, "/login?next"), path
+        for path in ("/alerts.json", "/dagster/graphql", "/api/v1/dags", "/api/v1/nothing", "/openapi.json", "/docs"):
+            assert client.get(path).status_code == 401, path
+        for path in ("/health", "/api/v1/health", "/static/page.css", "/login"):
+            assert client.get(path).status_code == 200, path
 
 
 def test_services_are_shown_by_level_and_a_dead_process_is_not_healthy(tmp_path: Path) -> None:

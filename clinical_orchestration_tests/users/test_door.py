@@ -267,6 +267,8 @@ def test_a_locked_out_name_hears_when_to_come_again_and_an_open_session_goes_on(
     assert form.status_code == 429
     assert "Try again in" in form.text
     assert client.get("/x").status_code == 200
+    events = [event for event, _, _ in world.events()]
+    assert events == ["login", *["login_failed"] * 4, "login_locked"], "what comes while it lasts is not recorded"
     world.clock.pass_by(seconds=31)
     assert world.client("admin", "admin").get("/api/v1/users").status_code == 200
 
@@ -323,7 +325,10 @@ def test_who_has_no_role_sees_nothing_and_may_log_out(world: World) -> None:
     client = world.browser("nora", "x")
     for path in ("/", "/dagster/", "/alerts.json", "/api/v1/users"):
         assert client.get(path).status_code == 403, path
-    page = client.get("/login")
+    refused = client.get("/", headers=HTML)
+    assert (refused.status_code, refused.headers["content-type"]) == (403, "text/html; charset=utf-8")
+    assert "nora" in refused.text
+    page = client.get("/login/")
     assert "nora" in page.text
     assert 'action="/logout"' in page.text
 
