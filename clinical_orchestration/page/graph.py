@@ -34,7 +34,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """A drawing of `width` times `height` units; `paths` are the edges as SVG path data."""
+    """A drawing of `width` times `height` units, nodes from top to bottom; `paths` are the edges as SVG path data."""
 
     nodes: tuple[Node, ...]
     paths: tuple[str, ...]

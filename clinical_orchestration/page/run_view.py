@@ -55,7 +55,7 @@ class LogView:
 
 @dataclass(frozen=True)
 class RunView:
-    """One run. `nodes` are the tasks as they are drawn, `bars` the newest runs of the same pipeline."""
+    """One run. `tasks` stand in the order in which `nodes` are drawn, `bars` are the newest runs of the pipeline."""
 
     run: DagRun
     seconds: float | None
@@ -111,10 +111,11 @@ def read_run(
     instances = control.runs.tasks_of(run)
     page = run_link(dag_id, run_id)
     api = f"/api/v1/dags/{quote(dag_id, safe='')}/dagRuns/{quote(run_id, safe='')}"
+    graph = lay_out(dag.tasks)
     tasks = {
-        name: _task_view(task, instances.get(name), page, prefix, now)
-        for name, task in dag.tasks.items()
-    }  # fmt: skip
+        node.task_id: _task_view(dag.tasks[node.task_id], instances.get(node.task_id), page, prefix, now)
+        for node in graph.nodes
+    }
     log = None
     if task_id:
         if task_id not in tasks:
@@ -122,7 +123,6 @@ def read_run(
         instance = instances.get(task_id)
         if logs is not None and instance is not None:
             log = _log_view(control, logs, instance, tasks[task_id], number, api, prefix)
-    graph = lay_out(dag.tasks)
     attempts = [] if run.held else control.runs.attempts(run)
     runs = [
         ("Dagster run" if len(attempts) == 1 else f"Dagster run {place}", f"{prefix}/runs/{one}")
