@@ -326,6 +326,7 @@ def show_urls(display: Display, places: Mapping[str, str]) -> None:
     display.title("Where to look")
     for name, url in places.items():
         display.write(f"  {URL_TITLES.get(name, name):<18} {url}")
+    display.write("  The page's first user is admin with the password admin: clinical users password admin changes it.")
 
 
 def show_health(display: Display, status: StackStatus, level: int) -> None:
