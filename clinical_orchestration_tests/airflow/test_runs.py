@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from dagster._core.workspace.context import WorkspaceProcessContext
+from sqlalchemy import event
 
 from clinical_orchestration.airflow.control import ConflictError, Control, RefusedError, UnknownError
 from clinical_orchestration.airflow.runs import RunFilter, TaskFilter
@@ -44,6 +47,31 @@ def test_a_triggered_run_succeeds_with_all_its_tasks_and_its_conf(control: Contr
     assert tasks["end_pipeline"].end_date == run.end_date
     assert run.start_date is not None
     assert tasks["train_model"].pool == "data_validation"
+
+
+def test_the_newest_runs_of_several_dags_come_in_one_query(control: Control) -> None:
+    for dag_id in ("feature_backfill", "model_monitoring"):
+        for number in range(3):
+            control.trigger(control.dag(dag_id), run_id=f"newest-{number}")
+    with counted(control) as queries:
+        found = control.runs.latest(["feature_backfill", "model_monitoring", "none"], 2)
+    assert {dag_id: [run.run_id for run in runs] for dag_id, runs in found.items()} == {
+        "feature_backfill": ["newest-2", "newest-1"], "model_monitoring": ["newest-2", "newest-1"],
+    }  # fmt: skip
+    assert sum("LATERAL" in query for query in queries) == 1
+
+
+@contextmanager
+def counted(control: Control) -> Iterator[list[str]]:
+    """The statements that are sent meanwhile."""
+    seen: list[str] = []
+
+    def note(connection: object, cursor: object, statement: str, *_: object) -> None:
+        seen.append(statement)
+
+    event.listen(control.runs.engine, "before_cursor_execute", note)
+    yield seen
+    event.remove(control.runs.engine, "before_cursor_execute", note)
 
 
 def test_the_data_interval_of_a_manual_run_ends_at_the_tick_before_it(control: Control) -> None:

@@ -34,6 +34,8 @@ class Site:
 
     url: str
     status_file: Path
+    sessions: dict[str, Any] = field(default_factory=dict)
+    """Cookies of who has logged in before."""
 
     def services(self, **states: str) -> None:
         """Write what the supervisor says of its services."""
@@ -96,21 +98,24 @@ def nothing_is_made_to_fail() -> Iterator[None]:
 def signed_in(
     chromium: Browser, site: Site, size: tuple[int, int], user: str = ADMIN, scheme: Any = "light"
 ) -> Iterator[Tab]:
-    """A tab of its own that has logged in; it must not complain about anything."""
+    """A tab of its own with the session of a user, who logs in once."""
     with ExitStack() as stack:
         context = chromium.new_context(
-            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, has_touch=size == PHONE
-        )
+            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, has_touch=size == PHONE,
+            storage_state=site.sessions.get(user),
+        )  # fmt: skip
         stack.callback(context.close)
         context.set_default_timeout(WAIT)
         context.add_init_script(HURRY)
         tab = Tab(context.new_page())
         tab.page.goto(site.url)
-        name, _, password = user.partition(":")
-        tab.page.get_by_label("User name").fill(name)
-        tab.page.get_by_label("Password").fill(password)
-        tab.page.get_by_role("button", name="Log in").click()
+        if user not in site.sessions:
+            name, _, password = user.partition(":")
+            tab.page.get_by_label("User name").fill(name)
+            tab.page.get_by_label("Password").fill(password)
+            tab.page.get_by_role("button", name="Log in").click()
         tab.page.wait_for_selector("#pipelines-now .pipeline")
+        site.sessions.setdefault(user, context.storage_state())
         tab.page.on("console", lambda message: tab.complaints.append(message.text) if message.type == "error" else None)
         tab.page.on("pageerror", lambda error: tab.complaints.append(str(error)))
         yield tab
@@ -254,6 +259,7 @@ def test_a_viewer_sees_everything_and_can_change_nothing(chromium: Browser, site
         assert refused.value.status == 403
         page.wait_for_selector("#message:not([hidden])")
         assert tab.pipeline(MAIN).get_by_role("switch").get_attribute("aria-checked") == "true"
+        del site.sessions[VIEWER]
         page.get_by_role("button", name="Sign out").click()
         page.wait_for_selector("input[type=password]")
 
