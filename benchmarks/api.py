@@ -26,6 +26,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 CONNECTIONS = 8
+READY = "ready: "
 TRIGGERS = 100
 DAG = "clinical_data_pipeline"
 AIRFLOW_RATE, AIRFLOW_P50_MS, AIRFLOW_ALONE_MS = "13-16", 500, 129
@@ -89,7 +90,7 @@ def alone(url: str, kind: Kind, seconds: float) -> None:
 
 def together(url: str, kind: Kind, seconds: float) -> None:
     taken: list[list[float]] = [[] for _ in range(CONNECTIONS)]
-    ready = threading.Barrier(CONNECTIONS + 1)
+    ready = threading.Barrier(CONNECTIONS + 1, timeout=60)
 
     def work(mine: list[float]) -> None:
         call = Caller(url)
@@ -124,7 +125,7 @@ def triggers(url: str, number: int) -> tuple[float, int]:
 
 SEED = """
 INSERT INTO runs (run_id, pipeline_name, status, run_body, create_timestamp, update_timestamp, start_time, end_time)
-SELECT 'seeded-' || n, pipeline_name, CASE WHEN n % 10 = 0 THEN 'FAILURE' ELSE 'SUCCESS' END, run_body,
+SELECT 'seeded-' || n, pipeline_name, CASE WHEN n %% 10 = 0 THEN 'FAILURE' ELSE 'SUCCESS' END, run_body,
        now() AT TIME ZONE 'UTC' - n * interval '6 minutes', now() AT TIME ZONE 'UTC' - n * interval '6 minutes',
        extract(epoch FROM now() - n * interval '6 minutes'), extract(epoch FROM now() - n * interval '6 minutes') + 30
 FROM runs, generate_series(1, %(runs)s) AS n WHERE run_id = %(template)s;
@@ -181,7 +182,7 @@ def serve(runs: int) -> None:
                 control.runs.project()
                 seed(database, run.dagster_run_id, runs)
                 ThreadLauncher.executing = False  # runs are accepted and wait, as behind a full queue
-                print(page.url, flush=True)
+                print(f"{READY}{page.url}", flush=True)
                 sys.stdin.read()
                 engine.dispose()
 
@@ -248,12 +249,16 @@ def main() -> None:
         serve(options.runs)
         return
     command = [sys.executable, "-m", "benchmarks.api", "--serve", "--runs", str(options.runs)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True) as server,
+    ):
         assert server.stdin is not None
         assert server.stdout is not None
-        url = server.stdout.readline().strip()
+        url = next((line.strip().removeprefix(READY) for line in server.stdout if line.startswith(READY)), "")
         if not url:
-            raise SystemExit("the page did not start")
+            log.seek(0)
+            raise SystemExit(f"the page did not start: {log.read()[-2000:]}")
         bursts = measured(url, options.rounds, options.seconds)
         server.stdin.close()
     text = document(bursts, options.runs)
