@@ -4,7 +4,7 @@
 
 It starts a platform of its own (free ports, a folder of its own), plays a hospital (messages to Kafka, a prediction for
 every patient every day) and the clock (each simulated day the pipelines whose schedule fires), and prints the timeline.
-On day 10 of the trial three things begin: one site's thermometer reads Fahrenheit, another site's laboratory falls
+On day 18 of the trial three things begin: one site's thermometer reads Fahrenheit, another site's laboratory falls
 silent, and adverse events happen twice as often at the same state of health. Everything after that is the platform's
 doing: quality findings, stale sources, drift, alerts, a run of ``scheduled_retraining`` that a sensor asks for, and the
 decision about the new model.
@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 TRIAL = "simulated-live"
-CALM_DAYS = 10
+FIRST_MODEL_DAY = 16
+"""Late enough that what counts over a week has been full for as long again: only then can such a count drift."""
+CALM_DAYS = 18
 FAHRENHEIT_SITE, SILENT_SITE = 3, 5
 
 
@@ -174,14 +176,14 @@ def play(platform: Platform, hospital: Hospital, days: int, timeline: Timeline) 
             seen.add(f"{kind} {text}")
             timeline.add(day, kind, text)
 
-    sent = hospital.send_until(CALM_DAYS - 2)
-    timeline.add(CALM_DAYS - 2, "data", f"{sent:,} messages of {len(hospital.patients)} patients")
+    sent = hospital.send_until(FIRST_MODEL_DAY)
+    timeline.add(FIRST_MODEL_DAY, "data", f"{sent:,} messages of {len(hospital.patients)} patients")
     run = platform.run("clinical_data_pipeline")
     if run["state"] != "success":
         raise SystemExit(f"the first run of clinical_data_pipeline is {run['state']}; the page shows why")
     trained = platform.result("clinical_data_pipeline", run["dag_run_id"], "evaluate_model")
-    timeline.add(CALM_DAYS - 2, "model", f"first champion; {_shown(trained)}")
-    for day in range(CALM_DAYS - 1, days + 1):
+    timeline.add(FIRST_MODEL_DAY, "model", f"first champion; {_shown(trained)}")
+    for day in range(FIRST_MODEL_DAY + 1, days + 1):
         sent = hospital.send_until(day)
         ingest = platform.run("clinical_data_pipeline", keep_model=True)
         answered = platform.predict(sorted(hospital.patients))
@@ -249,7 +251,7 @@ def main() -> int:
         "--home", type=Path, help="folder of the platform; default: a temporary one, removed at the end"
     )
     parser.add_argument("--subjects", type=int, default=160)
-    parser.add_argument("--days", type=int, default=24, help="longest play; it ends with the retrained model")
+    parser.add_argument("--days", type=int, default=32, help="longest play; it ends with the retrained model")
     parser.add_argument("--seed", type=int, default=20250101)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="clinical-scenario-") as temporary:
