@@ -101,7 +101,7 @@ def base_environment(settings: StackSettings) -> dict[str, str]:
     environment.update(settings.environment())
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a service that compiles itself at each start is slow to start
     environment.pop("VIRTUAL_ENV", None)
-    for name in ("CLINICAL_USER", "CLINICAL_PASSWORD", _ADMIN_PASSWORD):  # of whoever starts the stack
+    for name in ("CLINICAL_USER", "CLINICAL_PASSWORD", "CLINICAL_SERVICE_TOKEN", _ADMIN_PASSWORD):  # the caller's own
         environment.pop(name, None)
     environment["PATH"] = os.pathsep.join([scripts_folder(), os.environ.get("PATH", os.defpath)])
     environment["PYTHONUNBUFFERED"] = "1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -27,6 +28,9 @@ from clinical_orchestration_tests.stack.test_cli import FakeClient
 URL = "http://testserver"
 
 
+DOOR = EverybodyIs("Admin")
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     home: Path = tmp_path_factory.mktemp("dagster")
@@ -35,7 +39,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
         DAGSTER_HOME=str(home), POSTGRES_URL="", CLINICAL_HOME="", CLINICAL_PAGE_ALLOWED_HOSTS="testserver"
     )
     with ExitStack() as stack:
-        client = stack.enter_context(TestClient(create_app(settings, ui, EverybodyIs("Admin"))))
+        client = stack.enter_context(TestClient(create_app(settings, ui, DOOR)))
         assert ui.wait(60)
         yield client
 
@@ -110,6 +114,34 @@ def test_a_wrong_configuration_is_refused_with_dagsters_words(page: TestClient) 
 def test_an_unknown_run_is_an_error(page: TestClient) -> None:
     with pytest.raises(UserError, match="there is no run"):
         list(Runs(URL, page).follow("00000000-0000-0000-0000-000000000000"))
+
+
+def test_a_viewer_starts_no_run(page: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Runs(URL, page)
+    job = client.find_job("good_pipeline")
+    monkeypatch.setattr(DOOR, "identity", EverybodyIs("Viewer").identity)
+    with pytest.raises(UserError, match="UnauthorizedError"):
+        client.launch(job, {}, {})
+
+
+def test_the_page_is_asked_as_the_stack_or_as_the_named_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers["authorization"])
+        return httpx.Response(401, json={"title": "Unauthorized"})
+
+    make = httpx.Client
+    monkeypatch.setattr(httpx, "Client", lambda **options: make(transport=httpx.MockTransport(handle), **options))
+    monkeypatch.delenv("CLINICAL_USER", raising=False)
+    with pytest.raises(UserError, match="does not let this command in") as error:
+        Runs(URL, token="stack-token").find_job("j")
+    assert "CLINICAL_USER" in (error.value.cure or "")
+    monkeypatch.setenv("CLINICAL_USER", "ann")
+    monkeypatch.setenv("CLINICAL_PASSWORD", "right")
+    with pytest.raises(UserError):
+        Runs(URL, token="stack-token").find_job("j")
+    assert seen == ["Bearer stack-token", "Basic " + base64.b64encode(b"ann:right").decode()]
 
 
 # ------------------------------------------------------------------------------------------- a page that comes and goes

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from clinical_orchestration.settings import ClientSettings
+from clinical_orchestration.stack import services
 from clinical_orchestration.stack.model import StackError
 from clinical_orchestration.stack.ports import port_is_free
 from clinical_orchestration.stack.settings import PUBLIC_PORTS, StackSettings, port_variable
@@ -101,6 +102,23 @@ def test_an_older_home_gets_a_key_for_secrets_and_keeps_what_it_has(tmp_path: Pa
     assert token not in settings.export_lines()
     for secret in (token, first.fernet_key.get_secret_value()):
         assert secret not in repr(settings) + repr(first)
+
+
+def test_only_the_page_gets_the_service_token_and_the_admins_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = StackSettings.load(tmp_path)
+    for name in ("CLINICAL_ADMIN_PASSWORD", "CLINICAL_USER", "CLINICAL_PASSWORD"):
+        monkeypatch.setenv(name, "hidden")
+    monkeypatch.delenv("CLINICAL_SERVICE_TOKEN", raising=False)
+    token = settings.secrets().service_token.get_secret_value()
+    shared = services.base_environment(settings)
+    assert token not in shared.values()
+    assert "hidden" not in shared.values()
+    for spec in services.specs():
+        own = spec.environment(services.Context(settings)) if spec.environment else {}
+        assert (token in own.values()) is (spec.name == "page"), spec.name
+        assert ("hidden" in own.values()) is (spec.name == "page"), spec.name
 
 
 def test_first_calls_at_once_agree_on_the_secrets(tmp_path: Path) -> None:
