@@ -191,7 +191,9 @@ def play(platform: Platform, hospital: Hospital, days: int, timeline: Timeline) 
             f"{'':10}  day {day:5.1f}  {sent:,} messages, ingest {ingest['state']}, {answered} predictions", flush=True
         )
         quality = platform.run("data_quality_monitoring")
-        report = platform.result("data_quality_monitoring", quality["dag_run_id"], "generate_quality_report", "quality/report")
+        report = platform.result(
+            "data_quality_monitoring", quality["dag_run_id"], "generate_quality_report", "quality/report"
+        )
         if report.get("anomalies"):
             note(day, "quality", f"{report['anomalies']} anomalies found")
         for source in report.get("stale_sources") or ():
