@@ -3,8 +3,10 @@
 
 const byId = (id) => document.getElementById(id);
 
-function say(text, link) {
+// Show a message for a while; screen readers hear it too. `link` leads on from it.
+function say(text, link, seconds = 6) {
   const box = byId("message");
+  byId("heard").textContent = text;
   box.textContent = text;
   if (link) {
     const anchor = document.createElement("a");
@@ -14,7 +16,7 @@ function say(text, link) {
   }
   box.hidden = false;
   clearTimeout(say.timer);
-  say.timer = setTimeout(() => { box.hidden = true; }, link ? 15000 : 6000);
+  say.timer = setTimeout(() => { box.hidden = true; }, (link ? 20 : seconds) * 1000);
 }
 
 function signIn() {
@@ -89,7 +91,7 @@ async function look(anew) {
     // a look that a change overtook shows what was before
     if (mine !== looking) return;
     if (answer.ok) show(new DOMParser().parseFromString(text, "text/html"));
-    else stale();
+    else stale(answer.status === 404 ? "This is not there any more." : undefined);
   } catch {
     if (mine === looking) stale();
   } finally {
@@ -113,8 +115,8 @@ function show(fresh) {
   if (heard.some(Boolean)) byId("heard").textContent = heard.join(" ");
 }
 
-function stale() {
-  byId("stamp").textContent = "The platform does not answer; this is what was seen last.";
+function stale(text = "The platform does not answer; this is what was seen last.") {
+  byId("stamp").textContent = text;
 }
 
 document.addEventListener("visibilitychange", () => {
@@ -170,7 +172,7 @@ async function change(button) {
     say(done || "Done");
     await look(true);
   } catch (error) {
-    say(error.message);
+    say(error.message, undefined, 20);
   } finally {
     button.removeAttribute("aria-busy");
   }
@@ -236,7 +238,7 @@ const forms = {
       say("The note is saved.");
       await look(true);
     } catch (error) {
-      say(error.message);
+      say(error.message, undefined, 20);
     }
   },
 };
