@@ -163,6 +163,10 @@ RUN_ORDER: dict[str, Any] = {
 }
 """What DAG runs can be ordered by."""
 
+_OWN_ORDER = {
+    name for name, column in RUN_ORDER.items() if isinstance(column, sa.Column) and column.table is dag_runs
+}  # fmt: skip
+
 _RUN_COLUMNS = (
     dag_runs.c.id, dag_runs.c.dag_id, dag_runs.c.run_id, dag_runs.c.dagster_run_id, dag_runs.c.logical_date,
     dag_runs.c.data_interval_start, dag_runs.c.data_interval_end, dag_runs.c.run_type, dag_runs.c.external_trigger,
@@ -214,22 +218,37 @@ class RunBook:
         self.take_up()
         condition = _run_condition(wanted)
         order = [_ordered(RUN_ORDER, name) for name in order_by]
-        page = (
-            sa.select(*_RUN_COLUMNS)
-            .select_from(_RUNS)
+        asks_dagster = bool(wanted.states) or not {
+            *(name.removeprefix("-") for name in order_by), *(name for name, _ in wanted.ranges)
+        } <= _OWN_ORDER  # fmt: skip
+        # the rows of the page first, and Dagster's of these alone: an index gives the order where it is one of ours
+        chosen = (
+            sa.select(dag_runs.c.id, (sa.func.count().over() if asks_dagster else sa.null()).label("total"))
+            .select_from(_RUNS if asks_dagster else dag_runs)
             .where(condition)
             .order_by(*order, dag_runs.c.id)
             .limit(limit)
             .offset(offset)
+            .subquery()
+        )
+        page = (
+            sa.select(*_RUN_COLUMNS, chosen.c.total)
+            .select_from(
+                chosen.join(dag_runs, dag_runs.c.id == chosen.c.id).outerjoin(
+                    runs, runs.c.run_id == dag_runs.c.dagster_run_id
+                )
+            )
+            .order_by(*order, dag_runs.c.id)
         )
         with self.engine.connect() as connection:
             rows = connection.execute(page).mappings().all()
             if offset == 0 and len(rows) < limit:
                 total = len(rows)
+            elif asks_dagster and rows:
+                total = rows[0]["total"]
             else:
-                total = connection.execute(
-                    sa.select(sa.func.count()).select_from(_RUNS).where(condition)
-                ).scalar_one()  # fmt: skip
+                source = _RUNS if asks_dagster else dag_runs
+                total = connection.execute(sa.select(sa.func.count()).select_from(source).where(condition)).scalar_one()
         return [_dag_run(row) for row in rows], total
 
     def latest(self, dag_ids: Sequence[str], count: int) -> dict[str, list[DagRun]]:
@@ -641,6 +660,8 @@ def _upsert(connection: Connection, table: sa.Table, rows: list[dict[str, Any]],
 
 def _ordered(columns: Mapping[str, Any], name: str) -> Any:
     column = columns[name.removeprefix("-")]
+    if isinstance(column, sa.Column) and not column.nullable:  # so written, an index can give the order
+        return column.desc() if name.startswith("-") else column.asc()
     return column.desc().nulls_last() if name.startswith("-") else column.asc().nulls_first()
 
 
@@ -668,8 +689,17 @@ def _run_condition(wanted: RunFilter) -> Any:
     if wanted.run_ids is not None:
         conditions.append(dag_runs.c.run_id.in_(list(wanted.run_ids)))
     if wanted.states:
-        conditions.append(RUN_STATE.in_(list(wanted.states)))
+        conditions.append(_in_states(wanted.states))
     return sa.and_(*conditions)
+
+
+def _in_states(states: Sequence[str]) -> Any:
+    """Say of :data:`RUN_STATE` that it is one of `states`, in the way that takes the database least time."""
+    statuses = [status for status, state in RUN_STATES.items() if state in states]
+    given: Any = runs.c.status.in_(statuses)
+    if "queued" in states:
+        given = sa.or_(given, runs.c.status.is_(None))
+    return sa.or_(dag_runs.c.state_set.in_(list(states)), sa.and_(dag_runs.c.state_set.is_(None), given))
 
 
 def _task_condition(wanted: TaskFilter) -> Any:
