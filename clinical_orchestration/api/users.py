@@ -14,6 +14,7 @@ from clinical_orchestration.users.store import (
     TakenError,
     UnknownRoleError,
     UnknownUserError,
+    UnusableNameError,
     User,
     UserStore,
 )
@@ -65,7 +66,7 @@ class UserRoutes:
                 if error.field == "username"
                 else f"The email `{values['email']}` is already taken."
             ) from None
-        except UnknownRoleError as error:
+        except (UnknownRoleError, UnusableNameError) as error:
             raise bad_request(str(error)) from None
 
     def patch_user(self, call: Call) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class UserRoutes:
         except TakenError as error:
             given = values["new_username" if error.field == "username" else "email"]
             raise conflict(f"The {error.field} `{given}` already exists") from None
-        except UnknownRoleError as error:
+        except (UnknownRoleError, UnusableNameError) as error:
             raise bad_request(str(error)) from None
 
     def delete_user(self, call: Call) -> None:
@@ -140,7 +141,7 @@ class UserRoutes:
         except BuiltInRoleError as error:
             raise bad_request(str(error)) from None
         except TakenError:
-            raise conflict(f"Role with name {new_name!r} already exists") from None
+            raise bad_request(f"Role with name {new_name!r} already exists") from None
 
     def delete_role(self, call: Call) -> None:
         """``DELETE /roles/{role_name}``; Airflow's own roles stay as they are."""

@@ -17,7 +17,7 @@ from anyio import CapacityLimiter, to_thread
 
 from clinical_orchestration.platform.database import StoreUnavailableError
 from clinical_orchestration.users.first_user import UnsafeLoginError, prepare_first_user
-from clinical_orchestration.users.identity import How, Identity
+from clinical_orchestration.users.identity import SERVICE_NAME, How, Identity
 from clinical_orchestration.users.passwords import fingerprint
 from clinical_orchestration.users.proof import KEEP_SECONDS, Proofs
 from clinical_orchestration.users.roles import ADMIN, EVERYTHING
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
     from clinical_orchestration.audit.trail import AuditTrail
     from clinical_orchestration.page.settings import PageSettings
-
-SERVICE_NAME = "pipeline-manager"
-"""The stack itself, which shows the token of ``CLINICAL_SERVICE_TOKEN``."""
 
 COOKIE = "clinical_session"
 SHORTEST_SERVICE_TOKEN = 16

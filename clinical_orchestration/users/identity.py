@@ -9,6 +9,10 @@ How = Literal["session", "basic", "token", "system"]
 """How somebody showed who they are; `system` is the platform itself or who holds the database's credentials."""
 
 
+SERVICE_NAME = "pipeline-manager"
+"""The stack itself, which shows the token of ``CLINICAL_SERVICE_TOKEN``; no user may have this name."""
+
+
 @dataclass(frozen=True)
 class Identity:
     """A user as one request or one command sees it.

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, TypeVar
 
 from clinical_orchestration.platform.database import Database
-from clinical_orchestration.users.identity import How, Identity
+from clinical_orchestration.users.identity import SERVICE_NAME, How, Identity
 from clinical_orchestration.users.lockout import FORGET_AFTER, Kind, address_group, lock_time
 from clinical_orchestration.users.passwords import (
     fingerprint,
@@ -132,6 +132,10 @@ class TakenError(ValueError):
     def __init__(self, field: Literal["username", "email", "role"], value: str) -> None:
         super().__init__(f"{field} {value!r} is taken")
         self.field = field
+
+
+class UnusableNameError(ValueError):
+    """A user cannot have this name."""
 
 
 class BuiltInRoleError(ValueError):
@@ -270,9 +274,11 @@ class UserStore(Database):
 
         Raises:
             TakenError: the name or the email belongs to another user.
+            UnusableNameError: nobody can have this name.
             UnknownRoleError: a role is not there.
             ValueError: the password is empty or too long.
         """
+        _check_name(username)
         hashed = hash_password(password)
         wanted = tuple(roles)
 
@@ -300,9 +306,12 @@ class UserStore(Database):
         Raises:
             UnknownUserError: there is no such user.
             TakenError: the new name or email belongs to another user.
+            UnusableNameError: nobody can have the new name.
             UnknownRoleError: a role is not there.
             ValueError: the password is empty or too long.
         """
+        if new_username is not None:
+            _check_name(new_username)
         values: dict[str, Any] = {
             name: value
             for name, value in {
@@ -603,6 +612,14 @@ def _role(number: int, name: str, stored: list[list[str]] | None) -> Role:
 
 def _permissions_json(permissions: Iterable[Permission]) -> str:
     return json.dumps(sorted(set(permissions)))
+
+
+def _check_name(username: str) -> None:
+    # basic authentication cannot carry a colon, and the audit trail must not confuse a user with `os:root` or the stack
+    if ":" in username or not username.isprintable() or username != username.strip() or not username:
+        raise UnusableNameError("A user name has printable characters, no colon, and no blank at its ends")
+    if username.lower() in (SERVICE_NAME, "anonymous"):
+        raise UnusableNameError(f"The name {username!r} is the platform's own")
 
 
 def _user_id(cursor: Any, username: str) -> int:
