@@ -6,13 +6,35 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import argon2
+import psycopg2
 import pytest
 
+from clinical_orchestration.platform.crypto import new_key
 from clinical_orchestration.users import passwords
 from clinical_orchestration.users.store import UserStore
-from clinical_orchestration_tests.cli.conftest import database
 
-__all__ = ["database"]
+
+@pytest.fixture(scope="package")
+def own_database(postgres_env: dict[str, str]) -> str:
+    """A database for these tests; return its URL."""
+    connection = psycopg2.connect(postgres_env["POSTGRES_URL"])
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        cursor.execute("create database users")
+    connection.close()
+    return postgres_env["POSTGRES_URL"].rpartition("/")[0] + "/users"
+
+
+@pytest.fixture
+def database(own_database: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same database, empty, as the environment names it."""
+    connection = psycopg2.connect(own_database)
+    with connection, connection.cursor() as cursor:
+        cursor.execute("drop schema public cascade; create schema public")
+    connection.close()
+    monkeypatch.setenv("POSTGRES_URL", own_database)
+    monkeypatch.setenv("CLINICAL_FERNET_KEY", new_key())
+    return own_database
 
 
 class Clock:

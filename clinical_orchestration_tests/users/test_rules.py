@@ -161,6 +161,7 @@ def test_proofs_are_bounded_and_hold_no_credential() -> None:
     assert Proofs(Seconds()).name("basic", "a") != Proofs(Seconds()).name("basic", "a"), "each process has its own key"
 
 
+@pytest.mark.usefixtures("quick_hashes")
 def test_a_password_is_checked_against_its_hash() -> None:
     stored = hash_password("right")
     assert stored.startswith("$argon2id$")
