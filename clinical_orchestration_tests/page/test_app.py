@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,36 @@ def test_nobody_gets_in_without_a_login(tmp_path: Path) -> None:
             assert client.get(path).status_code == 401, path
         for path in ("/health", "/api/v1/health", "/static/page.css", "/login"):
             assert client.get(path).status_code == 200, path
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("", ["POSTGRES_URL is not set", "POSTGRES_URL is not set"]),
+        (
+            "postgresql://u:hush-hush@127.0.0.1:9/none",
+            ["The database or the code server does not answer", "workspace is not open yet"],
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_not_called_absent(tmp_path: Path, url: str, said: list[str]) -> None:
+    with _page_without_instance(tmp_path, POSTGRES_URL=url) as client:
+        pages = [client.get("/runs/clinical_data_pipeline/r1?task=train_model&try=x"), client.get("/")]
+    assert [page.status_code for page in pages] == [503, 200]
+    for page, text in zip(pages, said, strict=True):
+        assert text in page.text
+        assert "hush-hush" not in page.text
+
+
+def test_who_may_not_read_pipelines_is_told_so(tmp_path: Path) -> None:
+    door = EverybodyIs("Public")
+    door.identity = replace(door.identity, permissions=frozenset({("can_read", "Website")}))
+    settings = PageSettings(DAGSTER_HOME=str(tmp_path), POSTGRES_URL="", CLINICAL_PAGE_ALLOWED_HOSTS="testserver")
+    with TestClient(create_app(settings, DagsterUi(_never), door)) as client:
+        for path in ("/", "/runs/p/r"):
+            answer = client.get(path)
+            assert answer.status_code == 403
+            assert "Your roles do not permit this" in answer.text
 
 
 def test_services_are_shown_by_level_and_a_dead_process_is_not_healthy(tmp_path: Path) -> None:
