@@ -277,7 +277,8 @@ class RunBook:
 
     def get_run(self, dag_id: str, run_id: str) -> DagRun | None:
         """Return one DAG run, None where there is none."""
-        found, _ = self.list_runs(RunFilter(dag_ids=[dag_id], run_ids=[run_id]), limit=1)
+        # there is one at most, and a page that is not full needs no count
+        found, _ = self.list_runs(RunFilter(dag_ids=[dag_id], run_ids=[run_id]), limit=2)
         return found[0] if found else None
 
     def find(self, dagster_run_id: str) -> DagRun | None:

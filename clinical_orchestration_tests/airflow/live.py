@@ -124,9 +124,13 @@ def live_page(database: str, home: Path, *, broken: bool = False, stack: str = "
         target = WorkspaceFileTarget(paths=[str(home / "workspace.yaml")])
         return stack.enter_context(WorkspaceProcessContext(instance, target))
 
-    before = {name: os.environ.get(name) for name in ("POSTGRES_URL", "CLINICAL_FERNET_KEY")}
-    os.environ["POSTGRES_URL"] = database
-    os.environ["CLINICAL_FERNET_KEY"] = Fernet.generate_key().decode()
+    set_here = {
+        "POSTGRES_URL": database,
+        "CLINICAL_FERNET_KEY": Fernet.generate_key().decode(),
+        "DAGSTER_EVENT_BATCH_SIZE": "1000",  # as the stack has it
+    }
+    before = {name: os.environ.get(name) for name in set_here}
+    os.environ.update(set_here)
     ui = DagsterUi(open_workspace)
     listener = socket.create_server(("127.0.0.1", 0))
     app = create_app(settings, ui)

@@ -145,7 +145,9 @@ def test_triggers_are_checked(api: TestClient, finished: str) -> None:
 
 
 def test_batch_lists(api: TestClient, finished: str) -> None:
-    runs = api.post("dags/~/dagRuns/list", json={"dag_ids": [MAIN], "states": ["success"], "page_limit": 5}).json()
+    runs = api.post(
+        "dags/~/dagRuns/list", json={"dag_ids": [MAIN], "states": ["success"], "page_limit": 5, "order_by": "-id"}
+    ).json()
     assert finished in {run["dag_run_id"] for run in runs["dag_runs"]}
     tasks = api.post(
         "dags/~/dagRuns/~/taskInstances/list",

@@ -83,6 +83,7 @@ def test_airlift_takes_it_for_an_airflow(live: Live) -> None:
 
 @pytest.mark.integration
 @pytest.mark.clients
+@pytest.mark.slow
 def test_no_operation_answers_what_the_document_does_not_know(live: Live) -> None:
     python, document = environment(*SCHEMATHESIS), airflow_document()
     known = seeded(live)

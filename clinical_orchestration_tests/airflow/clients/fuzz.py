@@ -82,8 +82,8 @@ def main() -> None:
         folder = Path(name)
         (folder / "v1.yaml").write_text(yaml.safe_dump(document))
         known = json.loads(os.environ.get("KNOWN", "{}"))
-        rounds = [run(folder, url, seed, "examples,coverage,fuzzing", int(os.environ.get("EXAMPLES", "15")), {})]
-        rounds += [run(folder, url, seed, "fuzzing", int(os.environ.get("EXAMPLES", "15")), known)] if known else []
+        rounds = [run(folder, url, seed, "examples,coverage,fuzzing", int(os.environ.get("EXAMPLES", "8")), {})]
+        rounds += [run(folder, url, seed, "fuzzing", int(os.environ.get("EXAMPLES", "8")), known)] if known else []
     for found in rounds:
         for operation, failures in found.items():
             wanted.setdefault(operation, []).extend(failures)
