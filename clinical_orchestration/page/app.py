@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
@@ -26,13 +24,10 @@ from clinical_orchestration.page.health import (
 )
 from clinical_orchestration.page.keeper import Doorkeeper, Keeper
 from clinical_orchestration.page.metrics import Metrics
+from clinical_orchestration.page.rendering import STATIC
 from clinical_orchestration.page.settings import PageSettings
 from clinical_orchestration.page.stack_state import Service, read_stack_state
 from clinical_orchestration.page.views import add_views
-
-_FOLDER = Path(__file__).parent
-
-_logger = logging.getLogger("clinical_orchestration.page")
 
 
 class SameSite:
@@ -151,7 +146,7 @@ def create_app(
     # the same answer as at the address that dashboards and load balancers know
     app.add_api_route(f"{API_PREFIX}/health", health, methods=["GET"])
     app.mount(API_PREFIX, airflow_api, name="airflow")
-    app.mount("/static", StaticFiles(directory=_FOLDER / "static"), name="static")
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
     trail = airflow_api.trail
     app.mount(PREFIX, dagster_ui if trail is None else AuditedUi(dagster_ui, trail), name="dagster")
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import jinja2
     from starlette.requests import Request
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES, STATIC = Path(__file__).parent / "templates", Path(__file__).parent / "static"
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self'; "
@@ -42,7 +43,14 @@ def environment() -> jinja2.Environment:
     made.filters["duration"] = duration
     made.filters["away"] = _away
     made.globals["browser_link"] = browser_link
+    made.globals["static"] = static
     return made
+
+
+@cache
+def static(name: str) -> str:
+    """Return the address of a file of ours; a new content has a new address, so that no browser keeps the old one."""
+    return f"/static/{name}?{hashlib.sha256((STATIC / name).read_bytes()).hexdigest()[:12]}"
 
 
 def render(request: Request, template: str, values: Mapping[str, Any] | None = None, status: int = 200) -> HTMLResponse:
