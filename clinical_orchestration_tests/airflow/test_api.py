@@ -230,3 +230,80 @@ def test_what_the_deployment_is(api: TestClient) -> None:
 def test_every_operation_has_its_name_once() -> None:
     assert len({operation.name for operation in OPERATIONS}) == len(OPERATIONS)
     assert len({(operation.method, operation.path) for operation in OPERATIONS}) == len(OPERATIONS)
+
+
+def test_the_list_of_dags_is_never_older_than_a_change(api: TestClient, control: Control, database: str) -> None:
+    """It is kept between requests, so whoever pauses a DAG, in whatever process, must make it anew."""
+    from clinical_orchestration.airflow.database import open_engine
+
+    name = "scheduled_retraining"
+
+    def shown() -> bool:
+        (dag,) = [dag for dag in api.get("dags").json()["dags"] if dag["dag_id"] == name]
+        return bool(dag["is_paused"])
+
+    assert shown() is False
+    assert api.get("dags").content == api.get("dags").content
+    engine = open_engine(database)
+    other = Control(control._context, engine)  # as in another process
+    other.set_paused(other.dag(name), True)
+    assert shown() is True
+    other.set_paused(other.dag(name), False)
+    engine.dispose()
+    assert shown() is False
+    assert api.patch(f"dags/{name}", json={"is_paused": True}).status_code == 200
+    assert shown() is True
+    assert api.patch(f"dags/{name}", json={"is_paused": False}).status_code == 200
+    assert shown() is False
+
+
+def test_the_list_of_dags_is_made_anew_when_a_dag_fires(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datetime import UTC, datetime, timedelta
+
+    from clinical_orchestration.api import dags as module
+
+    moment = datetime(2026, 11, 23, 5, 59, tzinfo=UTC)
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+            return moment
+
+    made: list[datetime] = []
+    listed = module.DagRoutes._listed
+
+    def counted(self: module.DagRoutes, call: Any) -> dict[str, Any]:
+        made.append(moment)
+        return listed(self, call)
+
+    monkeypatch.setattr(module, "datetime", Clock)
+    monkeypatch.setattr(module.DagRoutes, "_listed", counted)
+    for _ in range(2):
+        assert api.get("dags", params={"limit": 3}).status_code == 200
+    assert len(made) == 1
+    moment += timedelta(minutes=1)  # a tick of the main pipeline
+    assert api.get("dags", params={"limit": 3}).status_code == 200
+    assert len(made) == 2
+
+
+def test_nul_characters_are_refused(api: TestClient) -> None:
+    problem(api.get("dags/a%00b"), 400)
+    problem(api.get("dags", params={"dag_id_pattern": "a\x00"}), 400)
+    problem(api.post(f"dags/{MAIN}/dagRuns", json={"conf": {"deep": ["a\x00"]}}), 400)
+    escaped = api.post("variables", json={"key": "backslash", "value": "\\u0000"})
+    assert escaped.json()["value"] == "\\u0000"
+
+
+@pytest.mark.parametrize("order", ["id", "-execution_date", "start_date", "-end_date", "state", "dag_run_id"])
+def test_pages_of_runs_are_complete_in_every_order(api: TestClient, finished: str, order: str) -> None:
+    api.post(f"dags/{MAIN}/dagRuns", json={"dag_run_id": "second-run"})
+    for query in ({}, {"state": "success"}, {"state": "queued,success,failed,running"}):
+        whole = api.get("dags/~/dagRuns", params={**query, "order_by": order}).json()
+        names = [run["dag_run_id"] for run in whole["dag_runs"]]
+        assert whole["total_entries"] == len(names) >= 2
+        pages = [
+            api.get("dags/~/dagRuns", params={**query, "order_by": order, "limit": 1, "offset": offset}).json()
+            for offset in range(len(names) + 1)
+        ]
+        assert [run["dag_run_id"] for page in pages for run in page["dag_runs"]] == names
+        assert {page["total_entries"] for page in pages} == {len(names)}
