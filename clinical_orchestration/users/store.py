@@ -355,6 +355,8 @@ class UserStore(Database):
 
     def create_first_user(self, username: str, password: str) -> bool:
         """Add an administrator where there is no user at all; return whether that was so."""
+        if self.users():  # each start of the page asks; only the first has work to do
+            return False
         hashed = hash_password(password)
 
         def ask(cursor: Any) -> bool:

@@ -155,6 +155,13 @@ def test_who_may_not_read_pipelines_is_told_so(tmp_path: Path) -> None:
             assert "Your roles do not permit this" in answer.text
 
 
+def test_the_api_is_there_too_where_others_reach_the_page(tmp_path: Path) -> None:
+    with _page_without_instance(tmp_path, CLINICAL_PAGE_ALLOW_REMOTE="true") as client:
+        answer = client.get("/api/v1/dags")
+        assert (answer.status_code, answer.json()["title"]) == (503, "Service Unavailable")
+        assert client.get("/api/v1/health").status_code == 200
+
+
 def test_services_are_shown_by_level_and_a_dead_process_is_not_healthy(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
