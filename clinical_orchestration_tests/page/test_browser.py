@@ -158,6 +158,10 @@ def test_pausing_triggering_and_following_a_run(chromium: Browser, site: Site, s
             assert said in page.get_by_role("alert").inner_text()
             assert conf.get_attribute("aria-invalid") == "true"
         conf.fill('{"param1": "value1"}')
+        dialog.get_by_label("Logical date").focus()
+        page.keyboard.type("10")  # a month and no more
+        dialog.get_by_role("button", name="Trigger").click()
+        assert "not complete" in page.get_by_role("alert").inner_text()
         dialog.get_by_label("Note (optional)").fill("by hand")
         dialog.get_by_label("Logical date").fill(f"2025-10-25T00:00:{size[0] % 60:02d}")
         dialog.get_by_role("button", name="Trigger").click()

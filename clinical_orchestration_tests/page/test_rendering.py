@@ -150,6 +150,7 @@ def test_the_switch_says_what_is_and_sends_the_opposite() -> None:
         text = html_of("front.html", front(pipelines=(pipeline(paused=paused),)))
         switch = next(one for one in Controls(text).changing() if one.get("role") == "switch")
         assert switch["aria-checked"] == ("false" if paused else "true")
+        assert ('data-paused="yes"' in text) is paused  # the dialog says that the run will wait
         assert json.loads(switch["data-body"] or "") == {"is_paused": not paused}
         assert (switch["data-method"], switch["data-change"]) == (
             "PATCH", "/api/v1/dags/clinical?update_mask=is_paused",

@@ -215,6 +215,7 @@ const forms = {
     submit.disabled = true;
     try {
       const body = { conf: parsed(conf.value) };
+      if (date.validity.badInput) throw new Error("The logical date is not complete.");
       if (date.value) body.logical_date = `${date.value}Z`;
       if (note.value) body.note = note.value;
       const run = await send("POST", `/api/v1/dags/${encodeURIComponent(dag)}/dagRuns`, body);
