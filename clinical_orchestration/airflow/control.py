@@ -21,6 +21,8 @@ from clinical_orchestration.airflow.states import FAILED, FINISHED, QUEUED, RUNN
 from clinical_orchestration.contract import PIPELINES
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from dagster import DagsterInstance, DagsterRun
     from dagster._core.remote_representation.external import RemoteJob
     from dagster._core.workspace.context import WorkspaceProcessContext, WorkspaceRequestContext
@@ -59,10 +61,19 @@ class Control:
     Args:
         context: returns the open workspace, or None while it is not open.
         engine: database of the instance.
+        starter: starts what is triggered after :meth:`trigger` has stored it and returned, as Airflow's scheduler does;
+            whoever gives one calls :meth:`release_held` now and then, which starts what was left when a process ended.
+            None: a run is started before `trigger` returns.
     """
 
-    def __init__(self, context: Callable[[], WorkspaceProcessContext | None], engine: sa.Engine) -> None:
+    def __init__(
+        self,
+        context: Callable[[], WorkspaceProcessContext | None],
+        engine: sa.Engine,
+        starter: Executor | None = None,
+    ) -> None:
         self._context = context
+        self._starter = starter
         self._catalog = Catalog()
         self._version: Any = None
         self._plans: dict[tuple[Any, str], Any] = {}
@@ -237,7 +248,9 @@ class Control:
             connection.execute(
                 run_attempts.insert().values(dagster_run_id=values["dagster_run_id"], dag_run=made, number=1)
             )
-        if not held:
+        if not held and self._starter is not None and dag.dag_id in _CONTRACT:  # their run config is always valid
+            self._starter.submit(self._start, made, tags)
+        elif not held:
             try:
                 self._launch_held(made, tags)
             except Exception:
@@ -245,6 +258,21 @@ class Control:
                     connection.execute(dag_runs.delete().where(dag_runs.c.id == made, dag_runs.c.held.is_(True)))
                 raise
         return self.run(dag.dag_id, name)
+
+    def _start(self, dag_run: int, tags: Mapping[str, str]) -> None:
+        try:
+            self._launch_held(dag_run, tags)
+        except Exception as error:  # it stays queued, and release_held tries again
+            _logger.warning("a triggered run cannot be started now: %s", type(error).__name__)
+
+    def _started(self, run: DagRun) -> DagRun:
+        """Return a run that is about to be started after it was; one that waits for its DAG as it is."""
+        if not run.held or self.switches([self.dag(run.dag_id)])[run.dag_id].paused:
+            return run
+        if not self._launch_held(run.id):  # another thread is at it: its lock is gone when the run has started
+            with self._engine.begin() as connection:
+                connection.execute(sa.select(dag_runs.c.id).where(dag_runs.c.id == run.id).with_for_update())
+        return self.run(run.dag_id, run.run_id)
 
     def release_held(self) -> int:
         """Start what was triggered while its DAG was paused and is not any more; return how many runs."""
@@ -301,6 +329,7 @@ class Control:
         from dagster._core.utils import make_new_run_id
 
         dag = self.dag(run.dag_id)
+        run = self._started(run)
         if run.held:
             return run
         request = self._request()
@@ -339,6 +368,7 @@ class Control:
             return self.clear(run)
         if state not in FINISHED:
             raise RefusedError(f"{state} is no state that a run can be set to")
+        run = self._started(run)
         if run.held:
             raise RefusedError(f"The run {run.run_id} waits for its DAG to be unpaused; unpause or delete it")
         if run.state in (QUEUED, RUNNING):
@@ -351,6 +381,7 @@ class Control:
     def delete(self, run: DagRun) -> None:
         """Delete a run with everything that Dagster keeps of it; an active one is cancelled first."""
         request = self._request()
+        run = self._started(run)
         for dagster_run in self.runs.attempts(run):
             if request.instance.has_run(dagster_run):
                 if run.state in (QUEUED, RUNNING):

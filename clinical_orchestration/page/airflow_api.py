@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
@@ -38,7 +39,8 @@ class AirflowApi:
         self._context = context
         self._stop = threading.Event()
         self._engine = open_engine(url) if url else None
-        self.control = Control(context, self._engine) if self._engine is not None else None
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="start-runs")
+        self.control = Control(context, self._engine, self._starter) if self._engine is not None else None
         self.trail = AuditTrail(url) if url else None
         self._app = (
             create_api(
@@ -61,6 +63,7 @@ class AirflowApi:
     def close(self) -> None:
         """End the thread and close the connections."""
         self._stop.set()
+        self._starter.shutdown(wait=False, cancel_futures=True)
         if self._engine is not None:
             self._engine.dispose()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,11 @@ def seeded(live: Live) -> dict[str, list[Any]]:
         post(
             "users", username="seed", password="a-long-password-1", email="s@example.org", first_name="S", last_name="E"
         )
-        ThreadLauncher._workers.submit(lambda: None).result(60)  # the runs before it have ended
-        states = {one["state"] for one in client.get(f"dags/{dag}/dagRuns").json()["dag_runs"]}
-        assert states == {"success", "failed"}
+        end, states = time.monotonic() + 90, set()
+        while states != {"success", "failed"}:
+            assert time.monotonic() < end, states
+            time.sleep(0.2)
+            states = {one["state"] for one in client.get(f"dags/{dag}/dagRuns").json()["dag_runs"]}
         uri = client.get("datasets", params={"dag_ids": dag}).json()["datasets"][0]["uri"]
         token = client.get(f"dags/{dag}").json()["file_token"]
     return {

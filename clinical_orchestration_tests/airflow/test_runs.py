@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -240,3 +242,39 @@ def test_a_note_is_kept_when_the_run_goes_on(control: Control) -> None:
     control.clear(run)
     task = control.runs.tasks_of(control.run(MAIN, "noted"))["train_model"]
     assert (task.note, task.try_number) == ("to be looked at", 2)
+
+
+def test_a_run_that_is_started_later_is_stored_and_started_once(
+    control: Control, workspace: WorkspaceProcessContext
+) -> None:
+    closed = threading.Event()
+    with ThreadPoolExecutor(1) as starter:
+        starter.submit(closed.wait, 60)
+        slow = Control(lambda: workspace, control._engine, starter)
+        dag = slow.dag("model_monitoring")
+        runs = [slow.trigger(dag, run_id=f"later-{number}", conf={"n": number}) for number in range(4)]
+        assert {run.state for run in runs} == {"queued"}
+        assert set(control.runs.tasks_of(runs[0])) == set(dag.tasks)
+        # changes do not wait for the start, nor fail for want of it
+        assert slow.set_run_state(runs[1], "failed").state == "failed"
+        slow.delete(runs[2])
+        assert slow.clear(control.run(dag.dag_id, "later-1")).state == "success"
+        # another process, as after the end of this one
+        assert control.release_held() == 2
+        closed.set()
+    for number, attempts in ((0, 1), (1, 2), (3, 1)):
+        run = control.run(dag.dag_id, f"later-{number}")
+        assert (run.state, run.conf, len(control.runs.attempts(run))) == ("success", {"n": number}, attempts)
+    with pytest.raises(UnknownError):
+        control.run(dag.dag_id, "later-2")
+
+
+def test_a_run_is_started_behind_the_answer(control: Control, workspace: WorkspaceProcessContext) -> None:
+    with ThreadPoolExecutor(1) as starter:
+        slow = Control(lambda: workspace, control._engine, starter)
+        slow.trigger(slow.dag("model_monitoring"), run_id="behind", user="somebody")
+    run = control.run("model_monitoring", "behind")
+    assert run.state == "success"
+    stored = control.instance().get_run_by_id(run.dagster_run_id)
+    assert stored is not None
+    assert stored.tags["user"] == "somebody"
