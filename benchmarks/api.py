@@ -165,9 +165,11 @@ def serve(runs: int) -> None:
     """Run page and database until standard input ends; print the page's address."""
     from clinical_orchestration.airflow.control import Control
     from clinical_orchestration.airflow.database import open_engine
+    from clinical_orchestration.page.__main__ import SWITCH_SECONDS
     from clinical_orchestration.stack.testing import embedded
     from clinical_orchestration_tests.airflow.live import ThreadLauncher, live_page, new_database
 
+    sys.setswitchinterval(SWITCH_SECONDS)  # as the page's own process has it
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         home.chmod(0o755)

@@ -327,7 +327,7 @@ class RunBook:
             KeyError: `order_by` names something that task instances cannot be ordered by.
         """
         self.take_up()
-        self.project()
+        self.project(wanted.runs)
         condition = _task_condition(wanted)
         source = task_instances.join(dag_runs, dag_runs.c.id == task_instances.c.dag_run).outerjoin(
             runs, runs.c.run_id == dag_runs.c.dagster_run_id
@@ -361,7 +361,7 @@ class RunBook:
 
     def tries(self, run: DagRun, task_id: str) -> list[TaskTry]:
         """Return the attempts at a task of a run, oldest first."""
-        self.project()
+        self.project(RunFilter([run.dag_id], [run.run_id]))
         query = (
             sa.select(task_tries)
             .where(task_tries.c.dag_run == run.id, task_tries.c.task_id == task_id)
@@ -414,15 +414,20 @@ class RunBook:
                     self._newest = newest
                     return made
 
-    def project(self) -> int:
-        """Bring the task instances of runs that may have changed up to date; return of how many runs."""
+    def project(self, only: RunFilter | None = None) -> int:
+        """Bring the task instances of runs that may have changed up to date; return of how many runs.
+
+        Args:
+            only: looks at no runs but those of its DAGs and ids.
+        """
         dags = self._catalog().dags
+        wanted = _run_condition(RunFilter(only.dag_ids, only.run_ids) if only else RunFilter())
         done = 0
         while True:
             with self.engine.begin() as connection:
                 query = (
                     sa.select(dag_runs.c.id, dag_runs.c.dag_id, dag_runs.c.created_at, dag_runs.c.projected_event)
-                    .where(dag_runs.c.projected_final.is_(False), dag_runs.c.dag_id.in_(list(dags)))
+                    .where(dag_runs.c.projected_final.is_(False), dag_runs.c.dag_id.in_(list(dags)), wanted)
                     .order_by(dag_runs.c.id)
                     .limit(_CHUNK)
                     .offset(done)

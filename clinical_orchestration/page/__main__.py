@@ -9,6 +9,8 @@ import warnings
 
 from clinical_orchestration.page.settings import PageSettings, is_loopback
 
+SWITCH_SECONDS = 0.0005
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve the page until the process is told to end; returns its exit status."""
@@ -36,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     # a code server that starts later is no news worth a page of stack trace; the UI and /health show it
     warnings.filterwarnings("ignore", message="Error loading repository location")
 
+    # a request that waits for the database often would else wait 5 ms for a busy thread each time it goes on
+    sys.setswitchinterval(SWITCH_SECONDS)
     import uvicorn
 
     from clinical_orchestration.page.app import create_app

@@ -134,7 +134,9 @@ def live_page(database: str, home: Path, *, broken: bool = False, stack: str = "
     ui = DagsterUi(open_workspace)
     listener = socket.create_server(("127.0.0.1", 0))
     app = create_app(settings, ui)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, timeout_keep_alive=60)
+    )
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:
