@@ -110,7 +110,8 @@ def test_waiting_tasks_starve_when_their_pool_is_full(
 ) -> None:
     run = control.run(DAG, "metrics-good")
     control.runs.project()
-    monkeypatch.setattr(control.runs, "project", lambda *_: 0)  # as if one step of a pool of one slot ran, two were ready
+    # as if one step of a pool of one slot ran, and two were ready
+    monkeypatch.setattr(control.runs, "project", lambda *_: 0)
     set_state = sa.text(
         "UPDATE airflow_task_instances SET pool = :pool, state_set = :state WHERE dag_run = :run AND task_id = :task"
     )
