@@ -223,8 +223,8 @@ def document(bursts: list[tuple[float, int]], runs: int) -> str:
         "# Speed of the API", "",
         f"`python -m benchmarks.api`, {os.cpu_count()} cores shared by page, PostgreSQL and caller; {runs:,} runs with "
         f"{runs * 12:,} task instances stored; every request with name and password through the door; "
-        f"{len(bursts)} rounds in which the measurements took turns. Load of the machine over the last minute, with this: "
-        f"{os.getloadavg()[0]:.1f}; with more than 3 other work was measured too.", "",
+        f"{len(bursts)} rounds in which the measurements took turns. Load of the machine over the last minute, with "
+        f"this: {os.getloadavg()[0]:.1f}; with more than 3 other work was measured too.", "",
         "| | here | Airflow 2.11, recorded | ratio |", "|---|---|---|---|",
         *("| " + " | ".join(row) + " |" for row in rows), "",
         "| request | 8 connections, per second | p50 | p99 | alone, p50 | alone, p99 |", "|---|--:|--:|--:|--:|--:|",
