@@ -38,7 +38,13 @@ def workspace(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             instance_for_test(
                 temp_dir=str(tmp_path_factory.mktemp("dagster")),
                 overrides={
-                    "storage": {"postgres": {"postgres_url": database}},
+                    "storage": {
+                        "custom": {
+                            "module": "clinical_orchestration.execution.storage",
+                            "class": "PooledPostgresStorage",
+                            "config": {"postgres_url": database},
+                        }
+                    },
                     "run_launcher": {
                         "module": "dagster._core.launcher.sync_in_memory_run_launcher",
                         "class": "SyncInMemoryRunLauncher",

@@ -106,7 +106,13 @@ def live_page(database: str, home: Path, *, broken: bool = False, stack: str = "
             instance_for_test(
                 temp_dir=str(home),
                 overrides={
-                    "storage": {"postgres": {"postgres_url": database}},
+                    "storage": {
+                        "custom": {
+                            "module": "clinical_orchestration.execution.storage",
+                            "class": "PooledPostgresStorage",
+                            "config": {"postgres_url": database},
+                        }
+                    },
                     "run_launcher": {"module": LAUNCHER, "class": "ThreadLauncher"},
                     "run_coordinator": {
                         "module": "dagster._core.run_coordinator.default_run_coordinator",
