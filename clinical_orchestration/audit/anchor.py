@@ -1,10 +1,11 @@
 """The newest hashes of the trail in a file outside of the database, so that rows taken off its end are missed.
 
 ``head.jsonl`` has one line a row that was recorded: number, hash, and a signature where there is a key. A line is
-written after the row's transaction, so that a crash between the two leaves the anchor behind the trail and never
-before it; the next line makes up for it. A line that a crash cut off is passed over. The file becomes ``head.jsonl.1``
-when it is full, in place of the older one. Where a new row takes a number that was named with another hash, rows were
-taken off the end: the files are put aside as ``head.jsonl.conflict`` then, so that the trail cannot outgrow them.
+written, to the disk, after the row's transaction, so that a crash between the two leaves the anchor behind the trail
+and never before it; the next line makes up for it. A line that a crash cut off is passed over. The file becomes
+``head.jsonl.1`` when it is full, in place of the older one. Where a new row takes a number that was named with another
+hash, rows were taken off the end: the files are put aside as ``head.jsonl.conflict`` then, so that the trail cannot
+outgrow them.
 """
 
 from __future__ import annotations
@@ -75,18 +76,25 @@ class Anchor:
                 line |= {"key_id": signer.current, "mac": signer.sign(_named(row.seq, row.hash))}
             cut_off = b"" if tail.endswith(b"\n") or not tail else b"\n"
             os.write(handle, cut_off + json.dumps(line).encode() + b"\n")
+            os.fdatasync(handle)  # a power cut must not take what the database has kept
         finally:
             os.close(handle)
         if size > FULL_BYTES:
             os.replace(self.path, self._older)
+        if size == 0 or size > FULL_BYTES:
+            _sync_folder(self.path.parent)
 
     def _keep_evidence(self, row: Row) -> None:
         """Put the files aside where they name another row in the place of this one, before they make room for it."""
         if not self._evidence.exists() and self.read(None).hashes.get(row.seq, row.hash) != row.hash:
             part = self._evidence.with_suffix(".part")
-            part.write_bytes(b"\n".join(path.read_bytes() for path in (self._older, self.path) if path.exists()))
-            part.chmod(0o600)
+            with part.open("wb") as stream:
+                part.chmod(0o600)
+                stream.write(b"\n".join(path.read_bytes() for path in (self._older, self.path) if path.exists()))
+                stream.flush()
+                os.fsync(stream.fileno())
             os.replace(part, self._evidence)
+            _sync_folder(self.path.parent)
 
     def read(self, signer: Signer | None) -> Anchors:
         """Return what was anchored, in the older file and in one that was put aside too.
@@ -103,6 +111,15 @@ class Anchor:
                 if signer is not None and not forged and not _right(signer, seq, digest, key_id, mac):
                     forged = seq
         return Anchors(hashes, forged)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names of a folder's files to the disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _named(seq: int, digest: str) -> str:

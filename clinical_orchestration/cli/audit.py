@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clinical_orchestration.cli import deployment
-from clinical_orchestration.cli.groups.dags import moment
+from clinical_orchestration.cli.groups.dag_words import moment
 from clinical_orchestration.cli.output import write_private
 from clinical_orchestration.platform.database import StoreUnavailableError
 from clinical_orchestration.stack.console import Display, UserError

@@ -23,20 +23,26 @@ EVENTS: Mapping[tuple[str, str | None], str] = {
     ("connections", "create-default-connections"): "cli_create_default_connections",
     ("connections", "delete"): "cli_connections_delete",
     ("connections", "import"): "cli_connections_import",
+    ("dags", "backfill"): "cli_dag_backfill",
     ("dags", "delete"): "cli_dag_delete",
     ("dags", "pause"): "cli_dag_pause",
+    ("dags", "test"): "cli_dag_test",
     ("dags", "trigger"): "cli_dag_trigger",
     ("dags", "unpause"): "cli_dag_unpause",
     ("pools", "delete"): "cli_pool_delete",
     ("pools", "import"): "cli_pool_import",
     ("pools", "set"): "cli_pool_set",
     ("rotate-fernet-key", None): "cli_rotate_fernet_key",
+    ("roles", "add-perms"): "cli_roles_add_perms",
     ("roles", "create"): "cli_roles_create",
+    ("roles", "del-perms"): "cli_roles_del_perms",
     ("roles", "delete"): "cli_roles_delete",
+    ("roles", "import"): "cli_roles_import",
     ("tasks", "clear"): "cli_task_clear",
     ("users", "add-role"): "cli_users_manage_role",
     ("users", "create"): "cli_users_create",
     ("users", "delete"): "cli_users_delete",
+    ("users", "import"): "cli_users_import",
     ("users", "remove-role"): "cli_users_manage_role",
     ("users", "reset-password"): "cli_user_reset_password",
     ("variables", "delete"): "cli_variables_delete",
@@ -178,9 +184,19 @@ def _users() -> dict[str, tuple[Any, ...]]:
     }
 
 
+def _roles() -> dict[str, tuple[Any, ...]]:
+    from clinical_orchestration.users.store import UserStore
+
+    return {
+        role.name: (sorted(f"{action} on {resource}" for action, resource in role.permissions),)
+        for role in UserStore(deployment.url()).roles()
+    }
+
+
 _STATES: Mapping[str, Callable[[], dict[str, tuple[Any, ...]]]] = {
     "connections": _connections,
     "variables": _variables,
     "pools": _pools,
     "users": _users,
+    "roles": _roles,
 }

@@ -12,6 +12,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from clinical_orchestration.page.airflow_api import API_PREFIX, AirflowApi
+from clinical_orchestration.page.airflow_links import add_airflow_links
 from clinical_orchestration.page.auditing import AuditedUi
 from clinical_orchestration.page.dagster_ui import PREFIX, DagsterUi, open_workspace, ping_code_servers
 from clinical_orchestration.page.door import Door
@@ -106,6 +107,8 @@ def create_app(
     airflow_api = AirflowApi(lambda: dagster_ui.context, url)
     front = FrontPage(settings, dagster_ui, airflow_api.control, monitor)
 
+    keeper = door or Keeper.from_settings(settings, airflow_api.trail)
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         dagster_ui.start()
@@ -113,11 +116,12 @@ def create_app(
         try:
             yield
         finally:
+            keeper.close()
             airflow_api.close()
             dagster_ui.close()
 
     app = FastAPI(title="Clinical orchestration", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    app.add_middleware(Door, keeper=door or Keeper.from_settings(settings, airflow_api.trail))
+    app.add_middleware(Door, keeper=keeper)
     app.add_middleware(SameSite, host_names=frozenset() if settings.allow_remote else settings.host_names)
 
     @app.get("/health")
@@ -137,6 +141,7 @@ def create_app(
         return JSONResponse(view.as_dict(), headers=headers)
 
     add_views(app, front, airflow_api.control)
+    add_airflow_links(app, airflow_api.control)
 
     @app.get(PREFIX, include_in_schema=False)
     async def dagster_root() -> RedirectResponse:

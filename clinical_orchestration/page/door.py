@@ -65,7 +65,8 @@ class Door:
             answer = _locked(connection, error)
         except StoreUnavailableError:
             answer = _unavailable(connection)
-        if path.rstrip("/") in (LOGIN_PATH, LOGOUT_PATH) and scope["type"] == "http":
+        at_login = path.rstrip("/") in (LOGIN_PATH, LOGOUT_PATH) and scope["type"] == "http"
+        if at_login:
             answer = await self._log_in_or_out(Request(scope, receive), known)
         elif known is not None:
             state = scope.setdefault("state", {})
@@ -76,6 +77,8 @@ class Door:
                 answer, receive = await _check_origin(connection, known.session, receive)
         elif answer is None:
             answer = _nobody(connection)
+        if known is None and answer is not None and answer.status_code == 401 and not at_login:
+            self._keeper.turned_away(connection)  # a login that failed has a row of its own
         if answer is None and scope["type"] == "websocket":
             receive, send = self._while_known(connection, receive, send)
         if answer is None:

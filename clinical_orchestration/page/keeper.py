@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from anyio import CapacityLimiter, to_thread
 
+from clinical_orchestration.page.airflow_api import API_PREFIX
+from clinical_orchestration.page.dagster_ui import PREFIX as DAGSTER_PREFIX
+from clinical_orchestration.page.turned_away import TurnedAway
 from clinical_orchestration.platform.database import StoreUnavailableError
 from clinical_orchestration.users.first_user import UnsafeLoginError, prepare_first_user
 from clinical_orchestration.users.identity import SERVICE_NAME, How, Identity
@@ -69,6 +72,12 @@ class Doorkeeper(Protocol):
     async def close_session(self, known: Known, connection: HTTPConnection) -> None:
         """End the session that this request showed."""
 
+    def turned_away(self, connection: HTTPConnection) -> None:
+        """Hear that a request was answered with 401; it waits for nothing."""
+
+    def close(self) -> None:
+        """Do what is left to do before the process ends."""
+
 
 class Keeper:
     """The doorkeeper over the users of the database.
@@ -80,6 +89,7 @@ class Keeper:
         remote: whether others than this machine reach the page.
         admin_password: of the first user; empty: the well-known one, on this machine only.
         clock: seconds that never go back.
+        refusals: hears of requests without a login; None: nobody does.
     """
 
     def __init__(
@@ -91,8 +101,10 @@ class Keeper:
         remote: bool = False,
         admin_password: str = "",
         clock: Callable[[], float] = time.monotonic,
+        refusals: TurnedAway | None = None,
     ) -> None:
         self._store = store
+        self._refusals = refusals
         self._trail = trail
         usable = len(service_token) >= SHORTEST_SERVICE_TOKEN
         self._service = fingerprint(service_token) if usable else None
@@ -113,6 +125,7 @@ class Keeper:
             service_token=settings.service_token.get_secret_value(),
             remote=settings.allow_remote,
             admin_password=settings.admin_password.get_secret_value(),
+            refusals=None if trail is None else TurnedAway(trail),
         )
 
     async def known(self, connection: HTTPConnection) -> Known | None:
@@ -153,6 +166,20 @@ class Keeper:
             self._proofs.revised(self._store.revision())  # at once here, within a second elsewhere
 
         await to_thread.run_sync(leave)
+
+    def turned_away(self, connection: HTTPConnection) -> None:
+        """See :meth:`Doorkeeper.turned_away`."""
+        if self._refusals is not None:
+            scope = connection.scope
+            path = str(scope["path"])
+            below = {API_PREFIX: "api", DAGSTER_PREFIX: "graphql"}
+            origin = next((name for prefix, name in below.items() if path.startswith(f"{prefix}/")), "page")
+            self._refusals.note(_address(connection), origin, f"{scope.get('method', 'WEBSOCKET')} {path[:200]}")
+
+    def close(self) -> None:
+        """See :meth:`Doorkeeper.close`."""
+        if self._refusals is not None:
+            self._refusals.close()
 
     def _limiter(self, what: str, most: int) -> CapacityLimiter:
         if what not in self._limiters:  # made here, since it belongs to the event loop that runs now

@@ -57,6 +57,16 @@ INTERNAL_PORTS: tuple[str, ...] = (
 TRIAL_VARIABLES = ("CLINICAL_TRIAL", "CLINICAL_LAKE_ROOT", STORED_FIRST)
 """Variables that are handed through to the services when they are set."""
 
+DAGSTER_WORKSPACE_VARIABLES = tuple(
+    f"DAGSTER_CLI_{command}_WORKSPACE"
+    for command in (
+        "JOB_LAUNCH", "JOB_LIST", "JOB_PRINT", "JOB_BACKFILL",
+        "SCHEDULE_LIST", "SCHEDULE_LOGS", "SCHEDULE_PREVIEW", "SCHEDULE_RESTART", "SCHEDULE_START", "SCHEDULE_STOP",
+        "SENSOR_CURSOR", "SENSOR_LIST", "SENSOR_PREVIEW", "SENSOR_START", "SENSOR_STOP",
+    )
+)  # fmt: skip
+"""By these Dagster's own command finds the running code server from any folder: its option ``--workspace`` of each."""
+
 
 def checkout() -> Path:
     """Return the folder that holds the package: the checkout, with ``dagster.yaml`` beside the package."""
@@ -271,6 +281,7 @@ class StackSettings(BaseModel):
             "POSTGRES_URL": self.postgres_url(),
             FERNET_KEY: secrets.fernet_key.get_secret_value(),
             "DAGSTER_HOME": str(self.dagster_home),
+            **{name: str(self.dagster_home / "workspace.yaml") for name in DAGSTER_WORKSPACE_VARIABLES},
             "CLINICAL_DAGSTER_STORAGE": str(self.home / "data" / "dagster"),
             # a backfill leaves an event a day: written together they take a second, one by one a minute
             "DAGSTER_EVENT_BATCH_SIZE": "1000",

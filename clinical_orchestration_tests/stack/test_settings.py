@@ -15,7 +15,12 @@ from clinical_orchestration.settings import ClientSettings
 from clinical_orchestration.stack import services
 from clinical_orchestration.stack.model import StackError
 from clinical_orchestration.stack.ports import port_is_free
-from clinical_orchestration.stack.settings import PUBLIC_PORTS, StackSettings, port_variable
+from clinical_orchestration.stack.settings import (
+    DAGSTER_WORKSPACE_VARIABLES,
+    PUBLIC_PORTS,
+    StackSettings,
+    port_variable,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -171,3 +176,30 @@ def test_a_shell_takes_the_exported_lines(tmp_path: Path) -> None:
 
 def test_the_variable_of_a_port_is_named_after_it() -> None:
     assert port_variable("code_server") == "CLINICAL_PORT_CODE_SERVER"
+
+
+def test_dagsters_own_command_finds_the_running_code_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+    from dagster._cli import ENV_PREFIX, cli
+
+    asked = {
+        f"{ENV_PREFIX}_{group}_{name}_WORKSPACE".upper()
+        for group in ("job", "schedule", "sensor")
+        for name, command in cli.commands[group].commands.items()  # type: ignore[attr-defined]
+        if any(option.name == "workspace" for option in command.params)
+    }
+    assert asked == set(DAGSTER_WORKSPACE_VARIABLES)
+
+    settings = StackSettings.load(tmp_path)
+    settings.dagster_home.mkdir()
+    (settings.dagster_home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    module = "clinical_orchestration_tests.airflow.tiny_definitions"
+    (settings.dagster_home / "workspace.yaml").write_text(f"load_from: [{{python_module: {module}}}]\n")
+    environment = settings.environment()
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    kept = {name: environment[name] for name in ("DAGSTER_HOME", *DAGSTER_WORKSPACE_VARIABLES)}
+    done = CliRunner().invoke(cli, ["job", "list"], env=kept, auto_envvar_prefix=ENV_PREFIX)
+    assert "Job: model_monitoring" in done.output, done.output

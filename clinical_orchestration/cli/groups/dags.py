@@ -5,62 +5,41 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
+import subprocess
 import sys
-from datetime import datetime
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clinical_orchestration.cli import deployment
 from clinical_orchestration.cli.command import OUTPUT, VERBOSE, Arg, Command, CommandError, Group
+from clinical_orchestration.cli.groups.dag_words import (
+    CONF,
+    DAG_ID,
+    END_DATE,
+    REGEX,
+    START_DATE,
+    SUBDIR,
+    YES,
+    agreed,
+    find,
+    moment,
+    positive,
+)
+from clinical_orchestration.cli.groups.dag_work import BACKFILL, TEST
 from clinical_orchestration.cli.output import say, show, warn
 
 if TYPE_CHECKING:
     from clinical_orchestration.airflow.catalog import Dag
     from clinical_orchestration.airflow.control import Control
 
-DAG_ID = Arg("dag_id", help="The id of the dag")
-SUBDIR = Arg("-S", "--subdir", help="Taken for compatibility; the code is what the workspace names")
-YES = Arg("-y", "--yes", help="Do not prompt to confirm. Use with care!", action="store_true")
-REGEX = Arg("--treat-dag-id-as-regex", help="Treat dag_id as a regex pattern", action="store_true")
 COLUMNS = Arg(
     "--columns", help="List of columns to render. (default: ['dag_id', 'fileloc', 'owner', 'is_paused'])",
     type=lambda text: [part.strip() for part in text.split(",")], default=["dag_id", "fileloc", "owners", "is_paused"],
 )  # fmt: skip
 MANY = 10_000
-
-
-def find(control: Control, dag_id: str) -> Dag:
-    """Return a DAG.
-
-    Raises:
-        CommandError: there is none of this id.
-    """
-    dag = control.catalog().dags.get(dag_id)
-    if dag is None:
-        raise CommandError(
-            f"DAG: {dag_id} does not exist in 'dag' table. There are: {', '.join(sorted(control.catalog().dags))}"
-        )
-    return dag
-
-
-def moment(text: str) -> datetime:
-    """Read a date or time of the command line; without a zone it is UTC."""
-    from clinical_orchestration.api.call import parse_time
-
-    try:
-        return parse_time(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no ISO 8601 date or time") from None
-
-
-def _conf(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("must be a JSON object")
-    return value
 
 
 def _shown(control: Control, dag: Dag) -> dict[str, Any]:
@@ -148,6 +127,38 @@ def _list_runs(args: argparse.Namespace) -> None:
     )
 
 
+def _list_jobs(args: argparse.Namespace) -> None:
+    """List what does the work: scheduler and triggerer, and the worker of each run."""
+    from clinical_orchestration.airflow.runs import RunFilter
+    from clinical_orchestration.cli.groups.system import beats
+
+    rows = []
+    with deployment.control() as control:
+        if args.dag_id:
+            find(control, args.dag_id)
+        else:
+            rows = [
+                {"dag_id": None, "state": "running" if alive else "failed", "job_type": kind, "start_date": None,
+                 "end_date": None}
+                for kind, alive in beats(control.instance()).items()
+            ]  # fmt: skip
+        wanted = RunFilter([args.dag_id] if args.dag_id else None)
+        runs, _ = control.runs.list_runs(wanted, limit=args.limit or MANY, order_by=["-start_date"])
+    rows += [
+        {
+            "dag_id": run.dag_id,
+            "state": run.state,
+            "job_type": "LocalTaskJob",
+            "start_date": run.start_date.isoformat(),
+            "end_date": run.end_date.isoformat() if run.end_date else None,
+        }
+        for run in runs
+        if run.start_date is not None
+    ]
+    chosen = [row for row in rows if not args.state or row["state"] == args.state]
+    show(chosen[: args.limit or None], args.output)
+
+
 def _trigger(args: argparse.Namespace) -> None:
     from clinical_orchestration.airflow.control import ConflictError
 
@@ -208,7 +219,7 @@ def _set_paused(args: argparse.Namespace, paused: bool) -> None:
             return
         word = "pause" if paused else "unpause"
         names = ",".join(dag.dag_id for dag in chosen)
-        if args.treat_dag_id_as_regex and not _agreed(args, f"You are about to {word} {len(chosen)} DAGs:\n{names}"):
+        if args.treat_dag_id_as_regex and not agreed(args, f"You are about to {word} {len(chosen)} DAGs:\n{names}"):
             say("Operation cancelled by user")
             return
         for dag in chosen:
@@ -222,7 +233,7 @@ def _delete(args: argparse.Namespace) -> None:
     with deployment.control() as control:
         dag = find(control, args.dag_id)
         question = "This will drop all existing records related to the specified DAG. Proceed?"
-        if not _agreed(args, question):
+        if not agreed(args, question):
             say("Cancelled")
             return
         count = 0
@@ -233,17 +244,7 @@ def _delete(args: argparse.Namespace) -> None:
     say(f"Removed {count} record(s)")
 
 
-def _agreed(args: argparse.Namespace, question: str) -> bool:
-    if args.yes:
-        return True
-    sys.stdout.write(f"{question}\n\nAre you sure? [y/n]\n")
-    sys.stdout.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
 def _next_execution(args: argparse.Namespace) -> None:
-    from datetime import UTC
-
     with deployment.control() as control:
         dag = find(control, args.dag_id)
         if control.switches([dag])[dag.dag_id].paused:
@@ -273,25 +274,65 @@ def _state(args: argparse.Namespace) -> None:
 
 def _show(args: argparse.Namespace) -> None:
     with deployment.control() as control:
-        text = dot(find(control, args.dag_id))
-    if args.save is None:
+        dag = find(control, args.dag_id)
+    draw(dot(dag), args.save, imgcat=args.imgcat)
+
+
+def draw(text: str, file: str | None, *, imgcat: bool = False) -> None:
+    """Write a graph in the DOT language: to standard output, to a file of any format of graphviz, or as a picture.
+
+    Raises:
+        CommandError: the file cannot be written, or the programs that make pictures are missing.
+    """
+    if file and imgcat:
+        raise CommandError(
+            "Option --save and --imgcat are mutually exclusive. Please remove one option to execute the command."
+        )
+    if imgcat:
+        picture = _rendered(text, "png")
+        if shutil.which("imgcat") is None:
+            raise CommandError("Failed to execute. Make sure the imgcat executables are on your systems 'PATH'")
+        sys.stdout.flush()
+        subprocess.run(["imgcat"], input=picture, check=False)
+    elif file:
+        kind = Path(file).suffix.removeprefix(".")
+        if not kind:
+            raise CommandError(f"{file} has no suffix, which says the format: .dot, .png, .svg, .pdf ...")
+        content = f"{text}\n".encode() if kind in ("dot", "gv") else _rendered(text, kind)
+        try:
+            Path(file).write_bytes(content)
+        except OSError as error:
+            raise CommandError(f"{file} cannot be written: {error.strerror}") from None
+        say(f"File {file} saved")
+    else:
         say(text)
-        return
-    path = Path(args.save)
-    if path.suffix != ".dot":
-        raise CommandError(f"{path.suffix or 'No suffix'}: only .dot can be saved; `dot -Tpng` makes a picture of it")
-    try:
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CommandError(f"{path} cannot be written: {error.strerror}") from None
-    say(f"File {path} saved")
 
 
-def dot(dag: Dag) -> str:
-    """Return the graph of a DAG in the DOT language."""
+def _rendered(text: str, kind: str) -> bytes:
+    if shutil.which("dot") is None:
+        raise CommandError(
+            "Pictures need graphviz, whose program `dot` is not on the PATH (Debian: apt-get install graphviz); "
+            "--save FILE.dot works without"
+        )
+    done = subprocess.run(["dot", f"-T{kind}"], input=text.encode(), capture_output=True, check=False)
+    if done.returncode:
+        raise CommandError(f"graphviz: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout
+
+
+_COLORS = {
+    "success": "green", "failed": "red", "skipped": "hotpink", "upstream_failed": "orange", "running": "lime",
+    "queued": "gray", "scheduled": "tan", "up_for_retry": "gold",
+}  # fmt: skip
+
+
+def dot(dag: Dag, states: Mapping[str, str | None] | None = None) -> str:
+    """Return the graph of a DAG in the DOT language, with Airflow's colours of the states of a run where given."""
     lines = [f"digraph {dag.dag_id} {{", f"\tgraph [label={dag.dag_id} labelloc=t rankdir=LR]"]
     for task in dag.tasks.values():
         color = "#e8f7e4" if task.step is None else "#ffefeb"
+        if states is not None:
+            color = _COLORS.get(states.get(task.task_id) or "", "white")
         lines.append(
             f'\t{task.task_id} [color="#000000" fillcolor="{color}" label={task.task_id} shape=rectangle '
             'style="filled,rounded"]'
@@ -316,15 +357,14 @@ GROUP = Group(
                 Arg("--no-backfill", help="filter all the backfill dagruns given the dag id", action="store_true"),
                 Arg("--state", help="Only list the DAG runs corresponding to the state"),
                 OUTPUT, VERBOSE,
-                Arg("-s", "--start-date", type=moment, help="Override start_date YYYY-MM-DD"),
-                Arg("-e", "--end-date", type=moment, help="Override end_date YYYY-MM-DD"),
+                START_DATE, END_DATE,
             ),
         ),
         Command("state", "Get the status of a dag run", _state,
                 (DAG_ID, Arg("execution_date", type=moment, help="The execution date of the DAG"), SUBDIR, VERBOSE)),
         Command(
             "next-execution", "Get the next execution datetimes of a DAG", _next_execution,
-            (DAG_ID, SUBDIR, Arg("-n", "--num-executions", type=int, default=1,
+            (DAG_ID, SUBDIR, Arg("-n", "--num-executions", type=positive, default=1,
                                  help="The number of next execution datetimes to show"), VERBOSE),
         ),
         Command("pause", "Pause DAG(s)", _pause, (DAG_ID, SUBDIR, REGEX, YES, OUTPUT, VERBOSE)),
@@ -334,7 +374,7 @@ GROUP = Group(
             (
                 DAG_ID, SUBDIR,
                 Arg("-r", "--run-id", help="Helps to identify this run"),
-                Arg("-c", "--conf", type=_conf, help="JSON string that gets pickled into the DagRun's conf attribute"),
+                CONF,
                 Arg("-e", "--exec-date", type=moment, help="The execution date of the DAG"),
                 VERBOSE,
                 Arg("--no-replace-microseconds", dest="replace_microseconds", action="store_false", default=True,
@@ -344,6 +384,15 @@ GROUP = Group(
         ),
         Command("delete", "Delete all DB records related to the specified DAG", _delete, (DAG_ID, YES, VERBOSE)),
         Command("show", "Displays DAG's tasks with their dependencies", _show,
-                (DAG_ID, SUBDIR, Arg("-s", "--save", help="Saves the result to the indicated file (.dot)"), VERBOSE)),
+                (DAG_ID, SUBDIR, Arg("-s", "--save", help="Saves the result to the indicated file; its suffix says the "
+                     "format. Others than .dot need graphviz"),
+                 Arg("--imgcat", help="Displays graph using the imgcat tool.", action="store_true"), VERBOSE)),
+        Command("list-jobs", "List the jobs", _list_jobs,
+                (Arg("-d", "--dag-id", help="The id of the dag"),
+                 Arg("--state", help="Only list the jobs corresponding to the state",
+                     choices=("running", "success", "restarting", "failed")),
+                 Arg("--limit", type=positive, help="Return a limited number of records"), OUTPUT, VERBOSE)),
+        BACKFILL,
+        TEST,
     ),
 )  # fmt: skip

@@ -8,10 +8,14 @@ import platform
 import socket
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from clinical_orchestration.cli import deployment
 from clinical_orchestration.cli.command import OUTPUT, VERBOSE, Arg, Command, CommandError, Group
 from clinical_orchestration.cli.output import say, show
+
+if TYPE_CHECKING:
+    from dagster import DagsterInstance
 
 _DAEMONS = {"SchedulerJob": "SCHEDULER", "TriggererJob": "SENSOR", "DagProcessorJob": "SCHEDULER"}
 
@@ -36,9 +40,19 @@ def _migrations(args: argparse.Namespace) -> None:
     say("No migrations left: the tables are those of this version.")
 
 
-def _jobs(args: argparse.Namespace) -> None:
+def beats(instance: DagsterInstance) -> dict[str, bool]:
+    """Return for each kind of Airflow's jobs whether the daemon that does its work has given a sign of life lately."""
     from dagster._daemon.controller import DEFAULT_DAEMON_HEARTBEAT_TOLERANCE_SECONDS
 
+    latest = {
+        status.daemon_type: status.last_heartbeat.timestamp if status.last_heartbeat else 0.0
+        for status in (instance.get_daemon_statuses() or {}).values()
+    }
+    oldest = time.time() - DEFAULT_DAEMON_HEARTBEAT_TOLERANCE_SECONDS / 10
+    return {kind: latest.get(daemon, 0.0) > oldest for kind, daemon in _DAEMONS.items()}
+
+
+def _jobs(args: argparse.Namespace) -> None:
     if args.allow_multiple and args.limit <= 1:
         raise CommandError("To use option --allow-multiple, you must set the limit to a value greater than 1.")
     if args.hostname and args.local:
@@ -47,16 +61,9 @@ def _jobs(args: argparse.Namespace) -> None:
     if args.hostname and args.hostname not in (here, socket.getfqdn(), "localhost"):
         raise CommandError("No alive jobs found.")
     with deployment.instance() as instance:
-        beats = {
-            status.daemon_type: status.last_heartbeat.timestamp if status.last_heartbeat else 0.0
-            for status in (instance.get_daemon_statuses() or {}).values()
-        }
+        found = beats(instance)
     kinds = [args.job_type] if args.job_type else ["SchedulerJob", "TriggererJob"]
-    alive = [
-        kind
-        for kind in kinds
-        if time.time() - beats.get(_DAEMONS.get(kind, ""), 0.0) < DEFAULT_DAEMON_HEARTBEAT_TOLERANCE_SECONDS / 10
-    ][: args.limit or None]
+    alive = [kind for kind in kinds if found.get(kind)][: args.limit or None]
     if not alive:
         raise CommandError("No alive jobs found.")
     if len(alive) > 1 and not args.allow_multiple:

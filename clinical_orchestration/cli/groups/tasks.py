@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING
 
 from clinical_orchestration.cli import deployment
 from clinical_orchestration.cli.command import OUTPUT, VERBOSE, Arg, Command, CommandError, Group
-from clinical_orchestration.cli.groups.dags import DAG_ID, SUBDIR, find, moment
+from clinical_orchestration.cli.groups.dag_words import DAG_ID, END_DATE, START_DATE, SUBDIR, YES, agreed, find, moment
 from clinical_orchestration.cli.output import say, show
 
 if TYPE_CHECKING:
@@ -100,25 +101,42 @@ def _clear(args: argparse.Namespace) -> None:
         if args.end_date:
             ranges["execution_date", "lte"] = args.end_date
         runs, _ = control.runs.list_runs(RunFilter([dag.dag_id], ranges=ranges), limit=1000)
+        chosen = _chosen(dag, args)
         wanted = ("failed", "upstream_failed")
         found = {
             run.run_id: [
                 name
                 for name, task in control.runs.tasks_of(run).items()
-                if not args.only_failed or task.state in wanted
+                if name in chosen and (not args.only_failed or task.state in wanted)
             ]
             for run in runs
-        }  # fmt: skip
+        }
         found = {run_id: tasks for run_id, tasks in found.items() if tasks}
         if not found:
             say("Nothing to clear.")
             return
-        say("\n".join(f"{dag.dag_id} {run_id}: {', '.join(tasks)}" for run_id, tasks in found.items()))
-        if not args.yes:
-            raise CommandError("Give --yes to clear these.")
+        lines = [f"{dag.dag_id} {run_id}: {', '.join(tasks)}" for run_id, tasks in found.items()]
+        count = sum(len(tasks) for tasks in found.values())
+        if not agreed(args, "\n".join([f"You are about to delete these {count} tasks:", *lines])):
+            say("Cancelled, nothing was cleared.")
+            return
         for run in runs:
             if run.run_id in found:
                 control.clear(run, found[run.run_id])
+
+
+def _chosen(dag: Dag, args: argparse.Namespace) -> set[str]:
+    """Return the tasks that ``--task-regex`` finds, with those before and behind them where that was asked for."""
+    if args.task_regex is None:
+        return set(dag.tasks)
+    try:
+        pattern = re.compile(args.task_regex)
+    except re.error as error:
+        raise CommandError(f"{args.task_regex!r} is no regular expression: {error}") from None
+    chosen = {name for name in dag.tasks if pattern.search(name)}
+    near = [dag.ancestors(name) for name in chosen] if args.upstream else []
+    near += [dag.descendants(name) for name in chosen] if args.downstream else []
+    return chosen.union(*near)
 
 
 GROUP = Group(
@@ -134,11 +152,12 @@ GROUP = Group(
             "clear", "Clear a set of task instance, as if they never ran", _clear,
             (
                 DAG_ID,
-                Arg("-s", "--start-date", type=moment, help="Override start_date YYYY-MM-DD"),
-                Arg("-e", "--end-date", type=moment, help="Override end_date YYYY-MM-DD"),
+                Arg("-t", "--task-regex", help="The regex to filter specific task_ids"),
+                START_DATE, END_DATE,
+                Arg("-u", "--upstream", help="Include upstream tasks", action="store_true"),
+                Arg("-d", "--downstream", help="Include downstream tasks", action="store_true"),
                 Arg("-f", "--only-failed", help="Only failed jobs", action="store_true"),
-                Arg("-y", "--yes", help="Do not prompt to confirm. Use with care!", action="store_true"),
-                SUBDIR, VERBOSE,
+                YES, SUBDIR, VERBOSE,
             ),
         ),
     ),

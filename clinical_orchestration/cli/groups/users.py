@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import itertools
+import json
 import os
 import secrets
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clinical_orchestration.cli import deployment
@@ -119,13 +122,98 @@ def set_roles(args: argparse.Namespace) -> str:
     return f'User "{user.username}" has the roles {", ".join(user.roles) or "none"}'
 
 
+def export_users(args: argparse.Namespace) -> str:
+    """Write all users to a JSON file, without their passwords."""
+    rows = [{name.replace("_", ""): value for name, value in row.items()} for row in list_users(args)]
+    _write_json(args.file, rows, sort_keys=True, indent=4)
+    return f"{len(rows)} users successfully exported to {args.file}"
+
+
+def import_users(args: argparse.Namespace) -> str:
+    """Add or change users as a JSON file has them, all or none; who is new has no password that anybody knows."""
+    from clinical_orchestration.users.store import TakenError
+
+    rows = [_user_row(place, row) for place, row in enumerate(_read_json(args.file))]
+    users = store()
+    there = {user.email.lower(): user for user in users.users()}
+    for row in rows:
+        for role in row["roles"]:
+            _known_role(users, role)
+        known = there.get(row["email"].lower())
+        if known is not None and known.username.lower() != row["username"].lower():
+            raise CommandError(
+                "Error: Changing the username is not allowed - please delete and recreate the user with email "
+                f"{row['email']!r}"
+            )
+    created, updated = [], []
+    for row in rows:
+        names = {"first_name": row["firstname"], "last_name": row["lastname"]}
+        try:
+            if row["email"].lower() in there:
+                users.change_user(row["username"], roles=row["roles"], **names)
+                updated.append(row["email"])
+            else:
+                password = secrets.token_urlsafe(_RANDOM_CHARACTERS)
+                users.create_user(row["username"], password, row["roles"], email=row["email"], **names)
+                created.append(row["email"])
+        except (TakenError, ValueError) as error:
+            raise CommandError(f"Error: {row['email']}: {error}") from None
+    said = []
+    if created:
+        said.append("\n\t".join(["Created the following users:", *created]))
+        warn("Who is new logs in after: airflow users reset-password -u NAME")
+    if updated:
+        said.append("\n\t".join(["Updated the following users:", *updated]))
+    return "\n".join(said) or "There are no users in the file"
+
+
+def _user_row(place: int, row: Any) -> dict[str, Any]:
+    names = ("username", "email", "firstname", "lastname")
+    wrong = {}
+    if not isinstance(row, dict):
+        wrong["_schema"] = ["Invalid input type."]
+    else:
+        wrong = {name: ["Not a valid string."] for name in names if not isinstance(row.get(name), str)}
+        roles = row.get("roles")
+        if not (isinstance(roles, list) and all(isinstance(role, str) for role in roles)):
+            wrong["roles"] = ["Not a valid list of names."]
+    if wrong:
+        lines = [f"[Item {place}]", *(f"\t{name}: {said}" for name, said in wrong.items())]
+        raise CommandError("\n".join(["Error: Input file didn't pass validation. See below:", *lines]))
+    return dict(row)
+
+
+def _read_json(file: str) -> list[Any]:
+    try:
+        found = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CommandError(f"File '{file}' does not exist") from None
+    except ValueError as error:
+        raise CommandError(f"File '{file}' is not valid JSON. Error: {error}") from None
+    except OSError as error:
+        raise CommandError(f"File '{file}' cannot be read: {error.strerror}") from None
+    if not isinstance(found, list):
+        raise CommandError(f"File '{file}' is not a JSON list")
+    return found
+
+
+def _write_json(file: str, rows: Rows, **style: Any) -> None:
+    try:
+        Path(file).expanduser().write_text(json.dumps(rows, **style), encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"{file} cannot be written: {error.strerror}") from None
+
+
 def list_roles(args: argparse.Namespace) -> Rows:
     """Return all roles; with ``--permission`` a row for each resource, with its actions."""
-    roles = sorted(store().roles(), key=lambda role: role.name)
     if not args.permission:
-        return [{"name": role.name} for role in roles]
+        return [{"name": role.name} for role in sorted(store().roles(), key=lambda role: role.name)]
+    return _permission_rows()
+
+
+def _permission_rows() -> Rows:
     rows = []
-    for role in roles:
+    for role in sorted(store().roles(), key=lambda role: role.name):
         for resource in sorted({resource for _, resource in role.permissions}):
             actions = sorted(action for action, of in role.permissions if of == resource)
             rows.append({"name": role.name, "resource": resource, "action": ",".join(actions)})
@@ -157,6 +245,85 @@ def delete_roles(args: argparse.Namespace) -> str:
     except BuiltInRoleError as error:
         raise CommandError(str(error)) from None
     return f"Deleted {len(args.role)} role(s)"
+
+
+def add_permissions(args: argparse.Namespace) -> str:
+    """Let roles do what each pair of a resource and an action says."""
+    return _change_permissions(args, add=True)
+
+
+def remove_permissions(args: argparse.Namespace) -> str:
+    """Take from roles what each pair of a resource and an action says; without actions all that a resource has."""
+    return _change_permissions(args, add=False)
+
+
+def _change_permissions(args: argparse.Namespace, *, add: bool) -> str:
+    from clinical_orchestration.users.roles import ACTIONS, RESOURCES
+    from clinical_orchestration.users.store import BuiltInRoleError
+
+    users = store()
+    roles = {role.name: set(role.permissions) for role in users.roles()}
+    for kind, given, known in (
+        ("Role", args.role, roles), ("Resource", args.resource, RESOURCES), ("Action", args.action or (), ACTIONS),
+    ):  # fmt: skip
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise CommandError(f"{kind} named '{unknown[0]}' does not exist")
+    count, lines = 0, []
+    for name in dict.fromkeys(args.role):
+        wanted = set(itertools.product(args.action if add or args.action else ACTIONS, args.resource))
+        changed = wanted - roles[name] if add else wanted & roles[name]
+        if not changed:
+            continue
+        try:
+            users.change_role(name, permissions=roles[name] | changed if add else roles[name] - changed)
+        except BuiltInRoleError as error:
+            raise CommandError(str(error)) from None
+        count += len(changed)
+        word, link = ("Added", "to") if add else ("Deleted", "from")
+        lines += [
+            f"{word} {action.replace('_', ' ')} on {resource} {link} role {name}"
+            for action, resource in sorted(changed, key=lambda pair: (pair[1], pair[0]))
+        ]
+    return "\n".join([*lines, f"{'Added' if add else 'Deleted'} {count} permission(s)"])
+
+
+def export_roles(args: argparse.Namespace) -> str:
+    """Write all roles with what they permit to a JSON file."""
+    rows = _permission_rows()
+    _write_json(args.file, rows, indent=4 if args.pretty else None)
+    roles = len({row["name"] for row in rows})
+    return f"{roles} roles with {len(rows)} linked permissions successfully exported to {args.file}"
+
+
+def import_roles(args: argparse.Namespace) -> str:
+    """Add the roles of a JSON file with what they permit; those that exist stay as they are, as in Airflow."""
+    from clinical_orchestration.users.roles import ACTIONS, RESOURCES
+
+    found: dict[str, set[tuple[str, str]]] = {}
+    for place, row in enumerate(_read_json(args.file)):
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(name, ""), str) for name in ("name", "resource", "action")
+        ):  # fmt: skip
+            raise CommandError(f"Item {place} of '{args.file}' is no object with name, resource and action as texts")
+        if not row.get("name"):
+            raise CommandError(f"Item {place} of '{args.file}' names no role")
+        resource, actions = row.get("resource", ""), [one for one in row.get("action", "").split(",") if one]
+        permissions = found.setdefault(row["name"], set())
+        if not resource or not actions:
+            continue
+        if resource not in RESOURCES:
+            raise CommandError(f"Resource named '{resource}' does not exist")
+        unknown = [action for action in actions if action not in ACTIONS]
+        if unknown:
+            raise CommandError(f"Action named '{unknown[0]}' does not exist")
+        permissions |= {(action, resource) for action in actions}
+    users = store()
+    there = {role.name for role in users.roles()}
+    for name, permissions in found.items():
+        if name not in there:
+            users.create_role(name, permissions)
+    return "roles and permissions successfully imported"
 
 
 def tokens(args: argparse.Namespace) -> str | Rows:
@@ -242,6 +409,8 @@ RANDOM = Arg(
     "--use-random-password", help="Do not prompt for password. Use random string instead.", action="store_true"
 )
 ROLE_NAMES = Arg("role", help="The name of a role", nargs="*")
+RESOURCE_NAMES = Arg("-r", "--resource", help="The name of permissions, such as `DAG Runs`", nargs="*", required=True)
+_ACTIONS = "The action of permissions: can_create, can_read, can_edit, can_delete, menu_access"
 PERMISSION = Arg("-p", "--permission", help="Show role permissions", action="store_true")
 NAME = Arg("username", metavar="NAME", help="User name")
 
@@ -266,6 +435,12 @@ USERS = Group(
             "remove-role", "Remove role from a user", _saying(remove_role),
             (USERNAME_OPTIONAL, EMAIL_OPTIONAL, ROLE, VERBOSE),
         ),
+        Command("import", "Import users", _saying(import_users), (
+            Arg("file", metavar="FILEPATH", help="Import users from JSON file: a list of objects with username, email, "
+                "firstname, lastname and roles"), VERBOSE,
+        )),
+        Command("export", "Export all users", _saying(export_users),
+                (Arg("file", metavar="FILEPATH", help="Export all users to JSON file"), VERBOSE)),
     ),
 )  # fmt: skip
 ROLES = Group(
@@ -275,8 +450,23 @@ ROLES = Group(
         Command("list", "List roles", _showing(list_roles), (PERMISSION, OUTPUT, VERBOSE)),
         Command("create", "Create role", _saying(create_roles), (ROLE_NAMES, VERBOSE)),
         Command("delete", "Delete role", _saying(delete_roles), (ROLE_NAMES, VERBOSE)),
+        Command(
+            "add-perms", "Add roles permissions", _saying(add_permissions),
+            (ROLE_NAMES, RESOURCE_NAMES, Arg("-a", "--action", help=_ACTIONS, nargs="*", required=True), VERBOSE),
+        ),
+        Command(
+            "del-perms", "Delete roles permissions", _saying(remove_permissions),
+            (ROLE_NAMES, RESOURCE_NAMES, Arg("-a", "--action", help=_ACTIONS, nargs="*"), VERBOSE),
+        ),
+        Command(
+            "export", "Export roles and their permissions to JSON file", _saying(export_roles),
+            (Arg("file", help="Export all roles to JSON file"),
+             Arg("-p", "--pretty", help="Format output JSON file by indenting", action="store_true"), VERBOSE),
+        ),
+        Command("import", "Import roles and their permissions from JSON file", _saying(import_roles),
+                (Arg("file", help="Import roles from JSON file"), VERBOSE)),
     ),
-)
+)  # fmt: skip
 
 CLINICAL: tuple[tuple[str, str, Callable[[argparse.Namespace], str | Rows], tuple[Arg, ...]], ...] = (
     ("list", "users and their roles", list_users, ()),
