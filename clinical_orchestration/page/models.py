@@ -1,11 +1,11 @@
-"""The models on the page: champion, challenger, last decision and rollbacks, as MLflow and Dagster tell them.
+"""The models on the page: champion, challenger, decisions, refusals and rollbacks, as MLflow and Dagster tell them.
 
 MLflow is asked by its REST API: its own library would cost this process two seconds and a hundred megabytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ASK_SECONDS = 2.0
 METRICS = (("auroc", "AUROC"), ("auprc", "AUPRC"), ("brier", "Brier score"), ("ece", "calibration error"))
-_ROLLBACKS_SHOWN = 10
+_REJECTED_SHOWN = 10
 _OUTCOMES = {"promote": "promoted", "challenger": "waits as challenger", "refuse": "refused"}
 
 
@@ -45,8 +45,8 @@ class DecisionView:
 
 
 @dataclass(frozen=True)
-class RollbackView:
-    """A version that was rolled back, when (UTC) and why."""
+class RejectedView:
+    """A version that was refused or rolled back, when (UTC) and why."""
 
     version: str
     at: datetime | None
@@ -65,7 +65,8 @@ class ModelView:
     challenger: VersionView | None
     previous: VersionView | None
     decision: DecisionView | None
-    rollbacks: tuple[RollbackView, ...]
+    refused: tuple[RejectedView, ...]
+    rollbacks: tuple[RejectedView, ...]
 
 
 @dataclass(frozen=True)
@@ -164,15 +165,20 @@ def model_view(
         if own.get("rolled_back_at"):
             outcome += ", later rolled back"
         decision = DecisionView(decided, outcome, own.get("decision_reasons", ""), f"{base}/{decided}")
-    back = [
-        RollbackView(version, _moment(own["rolled_back_at"]), own.get("rollback_reason", ""), f"{base}/{version}")
-        for version, own in tags.items()
-        if own.get("rolled_back_at")
-    ]
-    back.sort(key=lambda item: item.at or datetime.min.replace(tzinfo=UTC), reverse=True)
+
+    def rejected(those: Callable[[Mapping[str, str]], bool], at: str, why: str) -> tuple[RejectedView, ...]:
+        found = [
+            RejectedView(version, _moment(own.get(at)), own.get(why, ""), f"{base}/{version}")
+            for version, own in tags.items()
+            if those(own)
+        ]
+        found.sort(key=lambda item: item.at or datetime.min.replace(tzinfo=UTC), reverse=True)
+        return tuple(found[:_REJECTED_SHOWN])
+
     return ModelView(
         trial, title, name, view("champion"), view("challenger"), view("previous_champion"), decision,
-        tuple(back[:_ROLLBACKS_SHOWN]),
+        rejected(lambda own: own.get("promotion") == "refused", "decided_at", "decision_reasons"),
+        rejected(lambda own: bool(own.get("rolled_back_at")), "rolled_back_at", "rollback_reason"),
     )  # fmt: skip
 
 

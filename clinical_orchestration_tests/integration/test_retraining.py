@@ -71,3 +71,17 @@ def test_the_server_follows_a_promotion_and_a_rollback(
     bad = next(info for info in registry.versions(MODEL) if info.version == second["version"])
     assert bad.tags["promotion"] == "rolled back"
     assert bad.tags["rolled_back_at"]
+
+    # labels that were shuffled: refused, told beside the rollback
+    world.server.answers = world.server.failures = 0
+    world.empty()
+    world.fill(110, seed=3, shuffled=True)
+    shuffled = result_of(world.run(force=True), "retraining/deployment")
+    assert shuffled["outcome"] == "refused"
+    tags = next(info for info in registry.versions(MODEL) if info.version == shuffled["version"]).tags
+    assert (tags["promotion"], tags["decision"]) == ("refused", "refuse")
+    shown = next(view for view in read_models(uri) if view.name == MODEL)
+    assert shown.champion is not None
+    assert shown.champion.version == first
+    assert [(item.version, item.reason) for item in shown.refused] == [(shuffled["version"], tags["decision_reasons"])]
+    assert [item.version for item in shown.rollbacks] == [second["version"]]

@@ -31,6 +31,8 @@ def version(number: int, **tags: str) -> dict[str, Any]:
 
 
 VERSIONS = [
+    version(4, decision="refuse", decision_reasons="auroc_floor: 0.5012, must be >= 0.6", promotion="refused",
+            decided_at="2026-02-20T08:30:00+00:00"),
     version(3, decision="challenger", decision_reasons="no benefit <b>shown", decided_at="2026-03-01T00:00:00+00:00",
             auroc="0.690 (0.650 to 0.730)"),
     version(2, decision="promote", decided_at="2026-02-01T00:00:00+00:00", rolled_back_at="2026-02-02T10:00:00+00:00",
@@ -96,6 +98,12 @@ def test_both_stories_are_on_the_page(tmp_path: Path, mlflow: str) -> None:
     assert "rolled back</span>" in section
     assert "2026-02-02 10:00" in section
     assert "error_rate: 0.9, must be &lt;= 0.05" in section
+    # refused before the last decision, and still told
+    refused = section[section.index("<h4>Refused</h4>") : section.index("<h4>Rolled back</h4>")]
+    assert 'versions/4">version 4</a> <span class="state s-failed">refused</span>' in refused
+    assert "2026-02-20 08:30" in refused
+    assert "auroc_floor: 0.5012, must be &gt;= 0.6" in refused
+    assert "version 2" not in refused
     assert "none yet" in section  # the other trial has no model
 
 
@@ -122,11 +130,13 @@ def test_the_last_decision_is_the_latest_in_time_and_links_show_no_password() ->
     assert view.champion.link == "http://mlflow:5000/#/models/m/versions/1"
     assert view.champion.since == datetime(2026, 2, 2, 10, tzinfo=UTC)
     assert [item.version for item in view.rollbacks] == ["2"]
-    promoted = model_view("t", "T", "m", ALIASES, VERSIONS[1:], "http://mlflow:5000").decision
+    assert [item.version for item in view.refused] == ["4"]
+    promoted = model_view("t", "T", "m", ALIASES, VERSIONS[2:], "http://mlflow:5000").decision
     assert promoted is not None
     assert promoted.outcome == "promoted, later rolled back"
     empty = model_view("t", "T", "m", {}, [], "http://mlflow:5000")
-    assert (empty.champion, empty.challenger, empty.decision, empty.rollbacks) == (None, None, None, ())
+    assert (empty.champion, empty.challenger, empty.decision) == (None, None, None)
+    assert (empty.refused, empty.rollbacks) == ((), ())
     odd = model_view("t", "T", "m", {"champion": "9"}, [version(1, rolled_back_at="yesterday")], "http://mlflow:5000")
     assert odd.champion is not None
     assert odd.champion.since is None
