@@ -4,15 +4,21 @@ Both models answer the same rows, and a replicate draws the same subjects for bo
 cancels, and the interval of the difference is far narrower than those of the two models suggest (DeLong et al. 1988
 make the same point for AUROC with an asymptotic variance; drawing whole subjects also respects that rows of one
 subject are alike).
+
+Which rows: what counts is how the models do from now on. Where there are enough rows that are newer than those the
+champion was trained on, they alone decide; older ones would dilute what has changed since, and a model that has learned
+the change would even seem worse on them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from clinical_orchestration.modeling.evaluate import (
     REPLICATES,
@@ -26,6 +32,12 @@ from clinical_orchestration.modeling.results import Estimate
 
 COMPARED = ("auroc", "auprc", "brier")
 _LOWER_IS_BETTER = frozenset({"brier"})
+
+MIN_ROWS = 100
+MIN_OUTCOMES = 20
+"""So many rows with and so many without the event are needed for newer rows to decide alone."""
+MIN_SUBJECTS = 20
+"""A bootstrap over fewer subjects gives intervals that are too narrow."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,7 @@ class Comparison:
         champion_saw_subjects: whether the champion's side was trained on these subjects, which favours it.
         basis: in words, what stood for the champion.
         seed, replicates: of the bootstrap.
+        since: only rows after this time (ISO 8601, UTC) were compared; None: all rows of the held-out subjects.
     """
 
     rows: int
@@ -63,6 +76,7 @@ class Comparison:
     basis: str
     seed: int
     replicates: int
+    since: str | None = None
 
     def metrics(self) -> dict[str, float]:
         """Return every determined figure as ``comparison/<metric>/<what>``."""
@@ -107,6 +121,7 @@ def compare(
     *,
     champion_saw_subjects: bool = False,
     basis: str = "",
+    since: datetime | None = None,
     seed: int = 0,
     replicates: int = REPLICATES,
 ) -> Comparison:
@@ -118,6 +133,7 @@ def compare(
         subjects: subject of each row; replicates draw subjects.
         champion_saw_subjects: whether the champion was trained on these subjects.
         basis: in words, what stands for the champion.
+        since: the time after which the rows are, where they were chosen by :func:`newer_rows`.
         seed: of the bootstrap; equal input and seed give equal intervals.
         replicates: bootstrap replicates.
 
@@ -145,4 +161,29 @@ def compare(
         basis=basis,
         seed=seed,
         replicates=replicates,
+        since=None if since is None else since.isoformat(),
     )
+
+
+def newer_rows(
+    times: Sequence[datetime], trained_until: datetime | None, labels: ArrayLike, subjects: ArrayLike
+) -> NDArray[np.bool_] | None:
+    """Return which rows are newer than those that the champion was trained on; None where they are too few to decide.
+
+    Args:
+        times: time of each row.
+        trained_until: time of the champion's newest training row; None where it is not known.
+        labels: 0 or 1 a row.
+        subjects: subject of each row.
+    """
+    if trained_until is None:
+        return None
+    newer = np.array([time > trained_until for time in times], dtype=bool)
+    events = int(np.asarray(labels)[newer].sum())
+    rows = int(newer.sum())
+    enough = (
+        rows >= MIN_ROWS
+        and min(events, rows - events) >= MIN_OUTCOMES
+        and len(np.unique(np.asarray(subjects)[newer])) >= MIN_SUBJECTS
+    )
+    return newer if enough else None

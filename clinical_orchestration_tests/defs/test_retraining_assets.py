@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from clinical_orchestration.modeling.holdout import held_out_subjects
 from clinical_orchestration.modeling.train import HYPER_PARAMETERS
 from clinical_orchestration.resources import PipelineResource
 from clinical_orchestration.stores.registry import ModelRegistry
@@ -131,6 +132,26 @@ def test_a_whole_story(world: World) -> None:
     still = world.registry.champion(name)
     assert still is not None
     assert still.version == one.version
+
+
+@pytest.mark.usefixtures("small_models")
+def test_what_has_changed_since_the_champion_was_trained_decides_and_not_what_was_before(world: World) -> None:
+    """Events become four times as likely at the same state of health: only rows since then show who is right."""
+    world.fill(150, visits=6)
+    champion = world.train_champion()
+    world.fill(150, seed=2, base=1.5, first_subject=150, days_later=100, visits=4)
+    result = world.run(reason="drift")
+    compared = result_of(result, "retraining/comparison")["comparison"]
+    assert compared["since"] == "2025-03-12T23:00:00+00:00"  # the champion's newest row
+    prepared = result_of(result, "retraining/training_set")
+    since_then = held_out_subjects(
+        world.profile.name, [f"SECRET-{number:04d}" for number in range(150, 300)],
+        share=prepared["holdout_share"], seed=prepared["holdout_seed"],
+    )  # fmt: skip
+    assert compared["rows"] == 4 * len(since_then) < prepared["rows_held_out"]
+    assert compared["gains"]["brier"]["gain"]["lower"] > 0
+    deployed = result_of(result, "retraining/deployment")
+    assert (deployed["outcome"], deployed["replaced"]) == ("promoted", champion)
 
 
 @pytest.mark.usefixtures("small_models")

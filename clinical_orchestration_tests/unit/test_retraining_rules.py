@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clinical_orchestration.modeling.compare import Comparison, Gain, compare
+from clinical_orchestration.modeling.compare import Comparison, Gain, compare, newer_rows
 from clinical_orchestration.modeling.evaluate import EvaluationError
 from clinical_orchestration.modeling.holdout import held_out_subjects, is_held_out
 from clinical_orchestration.modeling.promotion import Decision, decide_paired
@@ -159,6 +160,21 @@ def test_gains_swap_sign_with_the_models_and_come_back_from_json() -> None:
     assert better.metrics()["comparison/brier/gain"] > 0
     with pytest.raises(ValueError, match="no stored comparison"):
         Comparison.from_dict({"gains": {"auroc": 1}})
+
+
+def test_newer_rows_decide_alone_once_there_are_enough_of_them() -> None:
+    begin = datetime(2025, 1, 1, tzinfo=UTC)
+    times = [begin + timedelta(days=day) for day in range(10) for _ in range(40)]
+    subjects = [f"s{number}" for _ in range(10) for number in range(40)]
+    labels = [int(number % 4 == 0) for number in range(400)]
+    newer = newer_rows(times, begin + timedelta(days=6), labels, subjects)
+    assert newer is not None
+    assert newer.tolist() == [False] * 280 + [True] * 120
+    assert newer_rows(times, None, labels, subjects) is None, "the champion's rows are not known"
+    assert newer_rows(times, begin + timedelta(days=7), labels, subjects) is None, "too few rows"
+    assert newer_rows(times, begin + timedelta(days=6), [0] * 400, subjects) is None, "no event"
+    assert newer_rows(times, begin + timedelta(days=6), labels, ["s1", "s2"] * 200) is None, "too few subjects"
+    assert newer_rows(times, begin + timedelta(days=20), labels, subjects) is None, "none at all"
 
 
 def test_one_outcome_only_cannot_be_compared() -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -605,6 +606,8 @@ def compare_models(
         metadata["comparison"] = _comparison_table(comparison)
         metadata["basis"] = comparison.basis
         metadata["held_out_subjects"] = comparison.subjects
+        metadata["held_out_rows"] = comparison.rows
+        metadata["rows_since"] = comparison.since or "all rows"
     context.log.info("The challenger: %s (%s)", decision.outcome, "; ".join(decision.reasons))
     return materialized(
         asset_key(COMPARISON),
@@ -633,29 +636,61 @@ def _compare(
     registry: ModelRegistry,
     champion: ModelVersionInfo,
 ) -> "Comparison":
-    from clinical_orchestration.modeling.compare import compare
+    import numpy as np
+
+    from clinical_orchestration.modeling.compare import compare, newer_rows
     from clinical_orchestration.modeling.evaluate import EvaluationError
 
     labels, challenger, subjects, rows = _held_out(context, pipeline, tables, registry)
     if not labels:
         raise EvaluationError("no subject is held out yet")
     prepared = result_of(context, asset_key(RETRAINING_SET), pipeline.profile().name)
-    answers, saw, basis = _champion_answers(
-        tables, registry, pipeline.profile(), champion, rows, prepared["holdout_share"]
+    side = _champion_side(tables, registry, pipeline.profile(), champion, rows, prepared["holdout_share"])
+    context.log.info("The champion's side: %s", side.basis)
+    newer = newer_rows(rows["feature_time"].to_list(), side.trained_until, labels, subjects)
+    chosen = np.ones(len(labels), dtype=bool) if newer is None else newer
+    since = None if newer is None else side.trained_until
+    context.log.info(
+        "Compared on %d of %d rows of the held-out subjects%s",
+        chosen.sum(), len(labels), "" if since is None else f": those after {since:%Y-%m-%d %H:%M} UTC, which are new",
+    )  # fmt: skip
+    return compare(
+        np.asarray(labels)[chosen],
+        side.probabilities[chosen],
+        challenger[chosen],
+        np.asarray(subjects)[chosen],
+        champion_saw_subjects=side.saw_subjects,
+        basis=side.basis,
+        since=since,
+        seed=SEED,
     )
-    context.log.info("The champion's side: %s", basis)
-    return compare(labels, answers, challenger, subjects, champion_saw_subjects=saw, basis=basis, seed=SEED)
 
 
-def _champion_answers(
+@dataclass(frozen=True)
+class _ChampionSide:
+    """The champion's probabilities for held-out rows.
+
+    Attributes:
+        saw_subjects: whether what answered was trained on these subjects.
+        basis: in words, what answered.
+        trained_until: time of the champion's newest training row; None where its training set cannot be read.
+    """
+
+    probabilities: "Floats"
+    saw_subjects: bool
+    basis: str
+    trained_until: datetime | None
+
+
+def _champion_side(
     tables: TableStore,
     registry: ModelRegistry,
     profile: TrialProfile,
     champion: ModelVersionInfo,
     held_out: "pl.DataFrame",
     share: float,
-) -> "tuple[Floats, bool, str]":
-    """Return the champion's probabilities for held-out rows, whether it saw these subjects, and what stood for it.
+) -> _ChampionSide:
+    """Let the champion answer the held-out rows.
 
     The champion in use was fitted on all subjects of its time, the held-out ones among them: asked directly it would
     recite them. So its recipe (candidate, hyper-parameters, features, seed) is fitted again on its own training set
@@ -690,12 +725,14 @@ def _champion_answers(
             f"version {champion.version} as it serves; it was trained on these subjects too, which favours it "
             f"(its own training set cannot be used: {error})"
         )
-        return model.probabilities(_matrix(held_out, model.feature_names)), True, basis
+        return _ChampionSide(model.probabilities(_matrix(held_out, model.feature_names)), True, basis, None)
     basis = (
         f"the recipe of version {champion.version} ({champion.candidate}), fitted on its own training set without the "
         f"held-out subjects ({fitted.rows:,} rows of {fitted.subjects} subjects)"
     )
-    return fitted.probabilities(_matrix(held_out, fitted.feature_names)), False, basis
+    newest = rows["feature_time"].max()
+    until = newest if isinstance(newest, datetime) else None
+    return _ChampionSide(fitted.probabilities(_matrix(held_out, fitted.feature_names)), False, basis, until)
 
 
 # ---------------------------------------------------------------------------------------------- deployment, rollback
