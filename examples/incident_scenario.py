@@ -1,13 +1,14 @@
 """A trial in which things go wrong half-way, and what the platform does about it, without a hand.
 
-    python examples/incident_scenario.py            # about 20 minutes on two cores
+    python examples/incident_scenario.py            # about half an hour on two cores
 
 It starts a platform of its own (free ports, a folder of its own), plays a hospital (messages to Kafka, a prediction for
 every patient every day) and the clock (each simulated day the pipelines whose schedule fires), and prints the timeline.
 On day 18 of the trial three things begin: one site's thermometer reads Fahrenheit, another site's laboratory falls
 silent, and adverse events happen twice as often at the same state of health. Everything after that is the platform's
-doing: quality findings, stale sources, drift, alerts, a run of ``scheduled_retraining`` that a sensor asks for, and the
-decision about the new model.
+doing: quality findings, stale sources, drift, alerts, and runs of ``scheduled_retraining`` that a sensor asks for. A
+new model that is not shown to be better on held-out subjects waits as challenger; the sensor asks again while the drift
+persists, until there is evidence enough to promote one. The play ends with that promotion.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ TRIAL = "simulated-live"
 FIRST_MODEL_DAY = 16
 """Late enough that what counts over a week has been full for as long again: only then can such a count drift."""
 CALM_DAYS = 18
+PAUSE_HOURS = 0.04
+"""A simulated day passes in a minute or two: so is the pause before a sensor asks for retraining again."""
+OUTCOMES = {"promoted": "promotion", "challenger": "challenger"}
+STORY = ("quality", "freshness", "drift", "retraining", "promotion")
+MODEL_ALERTS = ("data_drift:", "concept_drift:", "model_performance:")
 FAHRENHEIT_SITE, SILENT_SITE = 3, 5
 
 
@@ -57,6 +63,7 @@ class Platform:
         self.api = httpx.Client(base_url=environment["AIRFLOW_URL"] + "/api/v1/", timeout=60, auth=login)
         self.page = httpx.Client(base_url=environment["AIRFLOW_URL"], timeout=60, auth=login)
         self.serving = httpx.Client(base_url=environment["SERVING_URL"], timeout=60)
+        self.mlflow = httpx.Client(base_url=environment["MLFLOW_TRACKING_URI"], timeout=60)
 
     def run(self, pipeline: str, **conf: Any) -> dict[str, Any]:
         """Run a pipeline and return how it ended."""
@@ -76,7 +83,8 @@ class Platform:
         path = f"dags/{pipeline}/dagRuns/{run_id}/taskInstances/{task}/xcomEntries/return_value"
         answer = self.api.get(path, params={"stringify": "false"})
         value: dict[str, Any] = answer.json()["value"] if answer.status_code == 200 else {}
-        return value.get(asset, value)
+        found: dict[str, Any] = value.get(asset, value)
+        return found
 
     def runs(self, pipeline: str) -> list[dict[str, Any]]:
         """Return the runs of a pipeline, oldest first."""
@@ -87,6 +95,12 @@ class Platform:
         """Return the open alerts."""
         found: list[dict[str, Any]] = self.page.get("/alerts.json").json()["open"]
         return found
+
+    def champion(self, model: str) -> str | None:
+        """Return the version that MLflow's alias ``champion`` points to; None where there is none."""
+        where = {"name": model, "alias": "champion"}
+        answer = self.mlflow.get("/api/2.0/mlflow/registered-models/alias", params=where)
+        return str(answer.json()["model_version"]["version"]) if answer.status_code == 200 else None
 
     def predict(self, patients: list[str]) -> int:
         """Ask for a prediction for each patient; return how many were answered."""
@@ -149,8 +163,20 @@ class Hospital:
             yield message
 
 
-def play(platform: Platform, hospital: Hospital, days: int, timeline: Timeline) -> None:
-    """Play the trial day by day."""
+def play(platform: Platform, hospital: Hospital, days: int, timeline: Timeline, *, patience: float = 150) -> None:
+    """Play the trial day by day, until a retrained model is promoted or the days are over.
+
+    Args:
+        platform: the platform.
+        hospital: sends the messages.
+        days: last day.
+        timeline: gets what happens.
+        patience: seconds to wait after the last day: the sensor looks every minute, and may have to pause first.
+    """
+    from clinical_orchestration.trials import load_trial
+
+    model = load_trial(TRIAL).model_name
+    champion: str | None = None
     known_alerts: set[str] = set()
     known_runs: set[str] = set()
     seen: set[str] = set()
@@ -160,16 +186,25 @@ def play(platform: Platform, hospital: Hospital, days: int, timeline: Timeline) 
         for alert in platform.alerts():
             if alert["key"] not in known_alerts:
                 known_alerts.add(alert["key"])
-                timeline.add(day, "alert", f"[{alert['severity']}] {alert['title']}")
+                timeline.add(day, "alert", f"{alert['key']} [{alert['severity']}] {alert['title']}")
         for run in platform.runs("scheduled_retraining"):
             if run["dag_run_id"] not in known_runs:
                 known_runs.add(run["dag_run_id"])
-                timeline.add(
-                    day, "retraining", f"asked for by a sensor: {run['conf'].get('reason', 'no reason given')}"
-                )
-                done = platform.wait("scheduled_retraining", run["dag_run_id"])
-                decision = platform.result("scheduled_retraining", run["dag_run_id"], "deploy_new_model")
-                timeline.add(day, "promotion", f"run {done['state']}: {_decision(decision)}")
+                reason = run["conf"].get("reason", "no reason given")
+                timeline.add(day, "retraining", f"asked for by a sensor: {reason}")
+                decided(day, run["dag_run_id"])
+
+    def decided(day: float, run_id: str) -> None:
+        """Wait for a retraining and note what became of it: a promotion only where the champion is another one now."""
+        nonlocal champion
+        state = platform.wait("scheduled_retraining", run_id)["state"]
+        decision = platform.result("scheduled_retraining", run_id, "deploy_new_model")
+        compared = platform.result("scheduled_retraining", run_id, "compare_models")
+        before, champion = champion, platform.champion(model)
+        kind = OUTCOMES.get(decision.get("outcome", ""), "decision")
+        if kind == "promotion" and (champion == before or champion != decision["version"]):
+            kind = "decision"
+        timeline.add(day, kind, f"run {state}: {_decision(decision, compared)}; champion is version {champion}")
 
     def note(day: float, kind: str, text: str) -> None:
         if text and f"{kind} {text}" not in seen:
@@ -182,7 +217,8 @@ def play(platform: Platform, hospital: Hospital, days: int, timeline: Timeline) 
     if run["state"] != "success":
         raise SystemExit(f"the first run of clinical_data_pipeline is {run['state']}; the page shows why")
     trained = platform.result("clinical_data_pipeline", run["dag_run_id"], "evaluate_model")
-    timeline.add(FIRST_MODEL_DAY, "model", f"first champion; {_shown(trained)}")
+    champion = platform.champion(model)
+    timeline.add(FIRST_MODEL_DAY, "model", f"first champion, version {champion}; {_shown(trained)}")
     for day in range(FIRST_MODEL_DAY + 1, days + 1):
         sent = hospital.send_until(day)
         ingest = platform.run("clinical_data_pipeline", keep_model=True)
@@ -210,19 +246,27 @@ def play(platform: Platform, hospital: Hospital, days: int, timeline: Timeline) 
             note(day, "drift", "concept: the errors of the model grow")
         if performance.get("status") == "degraded":
             note(day, "drift", "performance below its interval")
-        deadline = time.monotonic() + 75  # sensors look every half minute
         look(day)
-        while day > CALM_DAYS + 1 and timeline.first("drift") is not None and time.monotonic() < deadline:
-            if timeline.first("promotion") is not None:
-                break
-            time.sleep(3)
-            look(day)
-        if timeline.first("promotion") is not None and day > CALM_DAYS + 2:
-            break
+        if timeline.first("promotion") is not None:
+            return
+    deadline = time.monotonic() + patience
+    while timeline.first("promotion") is None and time.monotonic() < deadline:
+        time.sleep(3)
+        look(days)
 
 
-def _decision(result: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in result.items() if isinstance(value, str | int | bool))[:300]
+def _decision(decision: dict[str, Any], compared: dict[str, Any]) -> str:
+    """Return a decision in a line: outcome, reasons, and what the challenger gains on which rows."""
+    comparison = compared.get("comparison") or {}
+    gains = ", ".join(
+        f"{name} {gain['gain']['value']:+.4f} ({gain['gain']['lower']:+.4f} to {gain['gain']['upper']:+.4f})"
+        for name, gain in comparison.get("gains", {}).items()
+    )
+    what = f"version {decision.get('version')} {decision.get('outcome')}: {'; '.join(decision.get('reasons', ()))}"
+    if not gains:
+        return what
+    rows = f"{comparison['rows']} held-out rows" + (f" since {comparison['since']}" if comparison["since"] else "")
+    return f"{what}; gain on {rows}: {gains}"
 
 
 def _shown(result: dict[str, Any]) -> str:
@@ -232,16 +276,16 @@ def _shown(result: dict[str, Any]) -> str:
 def in_order(timeline: Timeline) -> list[str]:
     """Return what of the story is missing or comes too early; empty when it went as it should."""
     wrong = []
-    story = ("quality", "freshness", "drift", "retraining", "promotion")
-    places = {kind: timeline.first(kind) for kind in (*story, "alert")}
+    places = {kind: timeline.first(kind) for kind in STORY}
     wrong += [f"no entry of the kind {kind}" for kind, place in places.items() if place is None]
-    found = [kind for kind in story if places[kind] is not None]
-    for before, after in itertools.pairwise(found):
-        if places[before] > places[after]:  # type: ignore[operator]
-            wrong.append(f"{after} came before {before}")
-    early = [
-        entry for entry in timeline.entries if entry[0] <= CALM_DAYS and entry[1] in ("quality", "drift", "freshness")
-    ]
+    found = [(kind, place) for kind, place in places.items() if place is not None]
+    wrong += [f"{after} came before {before}" for (before, one), (after, two) in itertools.pairwise(found) if one > two]
+    drift, retraining = places["drift"], places["retraining"]
+    if drift is not None and retraining is not None:
+        between = [text for _, kind, text in timeline.entries[drift:retraining] if kind == "alert"]
+        if not any(text.startswith(MODEL_ALERTS) for text in between):
+            wrong.append("no alert about the model between drift and retraining")
+    early = [entry for entry in timeline.entries if entry[0] <= CALM_DAYS and entry[1] in STORY]
     wrong += [f"false alarm on day {day}: {kind}, {text}" for day, kind, text in early]
     return wrong
 
@@ -262,6 +306,7 @@ def main() -> int:
             "CLINICAL_HOME": str(home),
             "CLINICAL_TRIAL": TRIAL,
             "CLINICAL_VAR_CLINICAL_DATA_MINIMUM_RECORDS": "100000000",  # the script is the clock of the data pipeline
+            "CLINICAL_VAR_RETRAINING_PAUSE_HOURS": str(PAUSE_HOURS),
         }
         from clinical_orchestration.stack import client
         from clinical_orchestration.stack.settings import INTERNAL_PORTS, PUBLIC_PORTS, StackSettings
