@@ -170,6 +170,7 @@ def serve(runs: int) -> None:
     from clinical_orchestration_tests.airflow.live import ThreadLauncher, live_page, new_database
 
     sys.setswitchinterval(SWITCH_SECONDS)  # as the page's own process has it
+    os.environ["DAGSTER_EVENT_BATCH_SIZE"] = "1000"  # as the stack sets it for the page
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         home.chmod(0o755)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,8 @@ KEPT_CONNECTIONS = 2
 PROVEN_SECONDS = 1.0
 """A connection that was idle for longer is asked whether it still lives before it is used."""
 
+_KEPT_SNAPSHOTS = 64
+_INSERT_EVENTS = SqlEventLogStorageTable.insert().returning(SqlEventLogStorageTable.c.id, sort_by_parameter_order=True)
 _MAIN_TABLES = frozenset({"runs", "event_logs", "jobs", "instance_info"})
 _engines: dict[str, sa.Engine] = {}
 _lock = threading.Lock()
@@ -125,11 +128,30 @@ def _limit_statements(engine: sa.Engine, milliseconds: int) -> None:
 
 
 class PooledRunStorage(PostgresRunStorage):
-    """Dagster's run storage on a shared engine."""
+    """Dagster's run storage on a shared engine; it remembers the newest snapshots, which their contents name."""
 
     def __init__(self, postgres_url: str, engine: sa.Engine) -> None:
         super().__init__(postgres_url, should_autocreate_tables=False)
         self._engine = engine
+        self._is_there = _Remembering()
+        self._snapshots: OrderedDict[str, Any] = OrderedDict()
+
+    def _get_snapshot(self, snapshot_id: str) -> Any:
+        found = self._snapshots.get(snapshot_id)
+        if found is None and (found := super()._get_snapshot(snapshot_id)) is not None:
+            self._snapshots[snapshot_id] = found
+            while len(self._snapshots) > _KEPT_SNAPSHOTS:
+                self._snapshots.pop(next(iter(self._snapshots)), None)
+        return found
+
+    def _has_snapshot_id(self, snapshot_id: str) -> bool:
+        ask = super()._has_snapshot_id
+        return self._is_there(f"snapshot {snapshot_id}", lambda: ask(snapshot_id))
+
+    def wipe(self) -> None:
+        """Delete every run; the snapshots go too."""
+        super().wipe()
+        self._snapshots.clear()
         self._is_there = _Remembering()
 
     def optimize_for_webserver(self, statement_timeout: int, pool_recycle: int, max_overflow: int) -> None:
@@ -214,13 +236,15 @@ class PooledEventLogStorage(PostgresEventLogStorage):
 
     def store_event_batch(self, events: Sequence[EventLogEntry]) -> None:
         """Store events in their order, all of them or none, then what the asset tables say of them."""
-        kept = [event for event in events if not event.get_dagster_event().is_asset_failed_to_materialize]
+        kept = [
+            event
+            for event in events
+            if event.dagster_event is None or not event.dagster_event.is_asset_failed_to_materialize
+        ]
         if kept:
             self._store(kept)
 
     def _store(self, events: Sequence[EventLogEntry]) -> None:
-        insert = SqlEventLogStorageTable.insert().values([self._event_to_row(event) for event in events])
-        statement = insert.returning(SqlEventLogStorageTable.c.id)
         about_assets = [
             event.is_dagster_event
             and event.dagster_event_type in ASSET_EVENTS
@@ -230,7 +254,7 @@ class PooledEventLogStorage(PostgresEventLogStorage):
         about_checks = [event.is_dagster_event and event.dagster_event_type in ASSET_CHECK_EVENTS for event in events]
         # committed by itself, as the stock storage does: readers follow the ids, and one that is seen late is missed
         with self._connect() as conn:
-            ids = [int(row[0]) for row in conn.execute(statement)]
+            ids = [int(row[0]) for row in conn.execute(_INSERT_EVENTS, [self._event_to_row(event) for event in events])]
         if not any(about_assets) and not any(about_checks):
             return
         planned_checks = DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED
@@ -249,7 +273,7 @@ class PooledEventLogStorage(PostgresEventLogStorage):
                     )
                     self._store_asset_entries(conn, of_assets)
                 if planned:
-                    conn.execute(AssetCheckExecutionsTable.insert().values(planned))
+                    conn.execute(AssetCheckExecutionsTable.insert(), planned)
         for event, number, wanted in zip(events, ids, about_checks, strict=True):
             if wanted and event.dagster_event_type is not planned_checks:
                 self.store_asset_check_event(event, number)
@@ -266,7 +290,7 @@ class PooledEventLogStorage(PostgresEventLogStorage):
         for key_string, values in sorted(last.items()):
             shapes.setdefault(tuple(sorted(values)), []).append({"asset_key": key_string, **values})
         for columns, rows in shapes.items():
-            insert = postgresql.insert(AssetKeyTable).values(rows)
+            insert = postgresql.insert(AssetKeyTable)
             if columns:
                 insert = insert.on_conflict_do_update(
                     index_elements=[AssetKeyTable.c.asset_key],
@@ -274,7 +298,7 @@ class PooledEventLogStorage(PostgresEventLogStorage):
                 )
             else:
                 insert = insert.on_conflict_do_nothing()
-            conn.execute(insert)
+            conn.execute(insert.returning(AssetKeyTable.c.asset_key), rows)  # with RETURNING it is one statement
 
     def _planned_check_rows(self, event: EventLogEntry, number: int) -> list[dict[str, Any]]:
         planned: Any = event.get_dagster_event().event_specific_data
