@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,23 @@ def test_rows_are_named_with_their_hash(tmp_path: Path) -> None:
     read = anchor.read(KEY)
     assert (read.hashes, read.forged) == ({row.seq: row.hash for row in ROWS[:3]}, 0)
     assert (anchor.path.stat().st_mode & 0o777, anchor.path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+def test_a_row_that_was_named_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, str]] = []
+
+    def note(handle: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        synced.append((name.name, (name / "head.jsonl" if name.is_dir() else name).read_text()))
+
+    monkeypatch.setattr(os, "fdatasync", note)
+    monkeypatch.setattr(os, "fsync", note)
+    anchor = Anchor(tmp_path / "head.jsonl")
+    anchor.append(ROWS[0], KEY)
+    assert [name for name, _ in synced] == ["head.jsonl", tmp_path.name], "the new file, then its name"
+    assert all(ROWS[0].hash in text for _, text in synced)
+    anchor.append(ROWS[1], KEY)
+    assert synced[2:] == [("head.jsonl", anchor.path.read_text())]
 
 
 def test_a_writer_that_comes_late_leaves_the_newer_row(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -106,6 +107,97 @@ def test_roles_are_listed_made_and_removed(run: Run) -> None:
 
 
 @pytest.mark.integration
+def test_permissions_of_roles_are_given_and_taken_and_carried_to_another_deployment(
+    run: Run, database: str, tmp_path: Path
+) -> None:
+    run("roles", "create", "Quiet")
+    assert run("roles", "add-perms", "Quiet", "-r", "DAGs", "DAG Runs", "-a", "can_read", "can_edit")[:2] == (
+        0,
+        "Added can edit on DAG Runs to role Quiet\nAdded can read on DAG Runs to role Quiet\n"
+        "Added can edit on DAGs to role Quiet\nAdded can read on DAGs to role Quiet\nAdded 4 permission(s)\n",
+    )
+    assert run("roles", "add-perms", "Quiet", "-r", "DAGs", "-a", "can_read")[1] == "Added 0 permission(s)\n"
+    assert run("roles", "del-perms", "Quiet", "-r", "DAGs", "-a", "can_edit")[1] == (
+        "Deleted can edit on DAGs from role Quiet\nDeleted 1 permission(s)\n"
+    )
+    assert run("roles", "del-perms", "Quiet", "-r", "DAG Runs")[1].endswith("Deleted 2 permission(s)\n")
+    store = UserStore(database)
+    assert store.role("Quiet").permissions == {("can_read", "DAGs")}
+    for words, said in (
+        (("None", "-r", "DAGs", "-a", "can_read"), "Role named 'None' does not exist\n"),
+        (("Quiet", "-r", "Cats", "-a", "can_read"), "Resource named 'Cats' does not exist\n"),
+        (("Quiet", "-r", "DAGs", "-a", "can_fly"), "Action named 'can_fly' does not exist\n"),
+        (("Viewer", "-r", "Users", "-a", "can_edit"), "Viewer is one of Airflow's own roles and stays as it is\n"),
+    ):
+        assert run("roles", "add-perms", *words) == (1, "", said)
+    changed = [row for row in AuditTrail(database).rows() if row.event == "cli_roles_del_perms.done"]
+    assert json.loads(str(changed[0].old)) == {"Quiet": sorted(
+        f"{action} on {resource}" for action in ("can_read", "can_edit") for resource in ("DAGs", "DAG Runs")
+    )}  # fmt: skip
+
+    file = tmp_path / "roles.json"
+    _, out, _ = run("roles", "export", str(file), "--pretty")
+    rows = json.loads(file.read_text())
+    assert {"name": "Quiet", "resource": "DAGs", "action": "can_read"} in rows
+    assert out == f"5 roles with {len(rows)} linked permissions successfully exported to {file}\n"
+    run("roles", "delete", "Quiet")
+    assert run("roles", "import", str(file))[1] == "roles and permissions successfully imported\n"
+    assert store.role("Quiet").permissions == {("can_read", "DAGs")}
+    file.write_text(json.dumps([{"name": "Quiet", "resource": "DAGs", "action": "can_edit"}, {"name": "Bare"}]))
+    assert run("roles", "import", str(file))[0] == 0
+    assert store.role("Quiet").permissions == {("can_read", "DAGs")}, "what is there stays as it is"
+    assert store.role("Bare").permissions == frozenset()
+    for text, said in (
+        ("{", "is not valid JSON"), ("{}", "is not a JSON list"), ("[1]", "Item 0 of"), ('[{"name": ""}]', "no role"),
+        ('[{"name": "X", "resource": "Cats", "action": "can_read"}]', "Resource named 'Cats'"),
+        ('[{"name": "X", "resource": "DAGs", "action": "fly"}]', "Action named 'fly'"),
+    ):  # fmt: skip
+        file.write_text(text)
+        status, _, err = run("roles", "import", str(file))
+        assert (status, said in err) == (1, True), err
+    assert run("roles", "import", "none.json")[2] == "File 'none.json' does not exist\n"
+    assert "X" not in {role.name for role in store.roles()}
+
+
+@pytest.mark.integration
+def test_users_are_carried_to_another_deployment_without_their_passwords(
+    run: Run, database: str, tmp_path: Path
+) -> None:
+    run("users", "create", *ANN, "-r", "Viewer", "-p", "hidden")
+    file = tmp_path / "users.json"
+    assert run("users", "export", str(file))[1] == f"1 users successfully exported to {file}\n"
+    (row,) = json.loads(file.read_text())
+    assert row == {
+        "id": row["id"], "username": "ann", "email": "ann@example.org", "firstname": "Ann", "lastname": "Other",
+        "roles": ["Viewer"],
+    }  # fmt: skip
+    bob = {"username": "bob", "email": "bob@example.org", "firstname": "Bob", "lastname": "B", "roles": ["Op", "User"]}
+    file.write_text(json.dumps([{**row, "roles": ["User"], "lastname": "New"}, bob]))
+    status, out, err = run("users", "import", str(file))
+    assert (status, out) == (
+        0,
+        "Created the following users:\n\tbob@example.org\nUpdated the following users:\n\tann@example.org\n",
+    )
+    assert "reset-password" in err
+    store = UserStore(database)
+    assert (store.user("ann").roles, store.user("ann").last_name) == (("User",), "New")
+    assert store.has_password("ann", "hidden")
+    assert store.user("bob").roles == ("Op", "User")
+    assert not store.has_password("bob", "")
+    for rows, said in (
+        ([{**bob, "roles": ["Boss"]}], "Boss is not a valid role"),
+        ([{**bob, "username": "rob"}], "Changing the username is not allowed"),
+        ([bob, {"username": "x"}], "[Item 1]\n\temail: ['Not a valid string.']"),
+        ([1], "[Item 0]\n\t_schema"),
+        ([{**bob, "email": "new@example.org"}], "username 'bob' is taken"),
+    ):
+        file.write_text(json.dumps(rows))
+        status, _, err = run("users", "import", str(file))
+        assert (status, said in err) == (1, True), err
+    assert "cli_users_import.done" in {row.event for row in AuditTrail(database).rows()}
+
+
+@pytest.mark.integration
 def test_clinical_users_does_the_same_and_has_tokens(run: Run, database: str) -> None:
     assert run("clinical", "users", "create", "ann", "-p", "right")[0] == 0
     assert run("clinical", "users", "roles", "ann", "User", "Op")[0] == 0
@@ -138,6 +230,11 @@ def test_a_viewer_changes_nothing_by_commands(run: Run, database: str) -> None:
         ("dags", "pause", "clinical_data_pipeline"),
         ("pools", "set", "a", "1", "b"),
         ("users", "add-role", "-u", "vera", "-r", "Admin"),
+        ("users", "import", "users.json"),
+        ("roles", "add-perms", "Viewer", "-r", "DAGs", "-a", "can_edit"),
+        ("roles", "import", "roles.json"),
+        ("dags", "backfill", "clinical_data_pipeline", "-s", "2025-10-25"),
+        ("dags", "test", "clinical_data_pipeline"),
         ("users", "reset-password", "-u", "admin", "-p", "x"),
         ("clinical", "users", "roles", "vera", "Admin"),
         ("clinical", "cohort", "build", "any"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 import re
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +19,12 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from clinical_orchestration.api.app import IdentityGate, create_api
-from clinical_orchestration.audit.trail import AuditTrail
+from clinical_orchestration.audit.trail import AuditEntry, AuditError, AuditTrail
+from clinical_orchestration.page import turned_away
 from clinical_orchestration.page.__main__ import main
 from clinical_orchestration.page.door import Door
 from clinical_orchestration.page.keeper import Keeper
+from clinical_orchestration.page.turned_away import TurnedAway
 from clinical_orchestration.platform.store import PlatformStore
 from clinical_orchestration.users.first_user import DEFAULT_PASSWORD
 from clinical_orchestration.users.proof import LOOK_SECONDS
@@ -404,7 +407,7 @@ MISTAKES: list[tuple[str, str, Any, int, str | None]] = [
     ("GET", "users/%00", None, 400, "NUL"),
     ("GET", "users?order_by=password", None, 400, "Ordering with 'password' is disallowed"),
     ("GET", "users?limit=-1", None, 400, None),
-    ("POST", "roles", {"name": "Viewer", "actions": []}, 400, "already exists"),
+    ("POST", "roles", {"name": "Viewer", "actions": []}, 409, "already exists"),
     ("POST", "roles", {"actions": []}, 400, "Missing data"),
     ("POST", "roles", {"name": "R", "actions": [{"action": {"name": "can_fly"}, "resource": {"name": "DAGs"}}]},
      400, "The specified action: 'can_fly' was not found"),
@@ -488,3 +491,80 @@ def test_the_page_does_not_start_where_others_reach_it_with_the_well_known_passw
     assert main(["--host", "0.0.0.0"]) == 0  # noqa: S104
     assert served == ["0.0.0.0"]  # noqa: S104
     assert users.has_password("admin", "my own")
+
+
+class Rows:
+    """A trail in memory, which may be out of order."""
+
+    def __init__(self) -> None:
+        self.entries: list[AuditEntry] = []
+        self.broken = False
+
+    def record(self, entry: AuditEntry) -> int:
+        if self.broken:
+            raise AuditError("no database")
+        self.entries.append(entry)
+        return len(self.entries)
+
+    def wait(self, count: int) -> list[AuditEntry]:
+        end = time.monotonic() + 10
+        while len(self.entries) < count:
+            assert time.monotonic() < end, self.entries
+            time.sleep(0.01)
+        return self.entries
+
+
+def test_requests_without_a_login_leave_a_row_and_no_flood(
+    world: World, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turned_away, "LOOK_SECONDS", 0.01)
+    rows = Rows()
+    refusals = TurnedAway(rows, clock.seconds)
+    world.app = Starlette(
+        routes=[Route("/{path:path}", who)],
+        middleware=[Middleware(Door, keeper=Keeper(world.users, clock=clock.seconds, refusals=refusals))],
+    )
+    client = world.client()
+    assert client.get("/api/v1/dags?password=tiger").status_code == 401
+    (first,) = rows.wait(1)
+    assert (first.event, first.who, first.origin, first.address) == (
+        "unauthenticated", "anonymous", "api", "testclient",
+    )  # fmt: skip
+    assert first.extra == {"status": 401, "requests": 1, "newest": "GET /api/v1/dags"}
+    for _ in range(20):
+        assert client.get("/dagster/graphql").status_code == 401
+    assert world.client("wrong-token").get("/").status_code == 401
+    assert client.get("/", headers=HTML).status_code == 303, "to be sent to the login is no refusal"
+    assert client.post("/login", data={"username": "x", "password": "y"}).status_code == 401
+    time.sleep(0.1)
+    assert len(rows.entries) == 1, "at most one row a minute and address"
+    clock.pass_by(seconds=61)
+    second = rows.wait(2)[1]
+    assert (second.origin, second.extra["requests"], second.extra["newest"]) == ("page", 21, "GET /")
+    client.get("/api/v1/dags")
+    refusals.close()
+    assert rows.entries[2].extra["requests"] == 1, "what was counted is written before the process ends"
+
+
+def test_addresses_without_end_are_counted_together(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turned_away, "MOST_ADDRESSES", 3)
+    monkeypatch.setattr(turned_away, "LOOK_SECONDS", 0.01)
+    rows = Rows()
+    refusals = TurnedAway(rows, clock.seconds)
+    for number in range(10):
+        refusals.note(f"2001:db8:0:{number}::1", "api", "GET /")
+        refusals.note(f"2001:db8:0:{number}::2", "api", "GET /")
+    refusals.close()
+    counts = {}
+    for entry in rows.entries:
+        counts[entry.address] = counts.get(entry.address, 0) + entry.extra["requests"]
+    assert counts == {"2001:db8::/64": 2, "2001:db8:0:1::/64": 2, "2001:db8:0:2::/64": 2, "others": 14}
+
+
+def test_a_trail_that_fails_lets_nobody_in_and_stops_nothing(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    rows = Rows()
+    rows.broken = True
+    refusals = TurnedAway(rows, clock.seconds)
+    refusals.note("192.0.2.1", "api", "GET /")
+    refusals.close()
+    assert "1 requests without a login from 192.0.2.1 were not recorded" in caplog.text
