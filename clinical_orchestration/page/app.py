@@ -113,6 +113,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         dagster_ui.start()
         airflow_api.start()
+        keeper.open()
         try:
             yield
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hmac
 import logging
 import threading
@@ -71,6 +72,9 @@ class Doorkeeper(Protocol):
 
     async def close_session(self, known: Known, connection: HTTPConnection) -> None:
         """End the session that this request showed."""
+
+    def open(self) -> None:
+        """Do what can be done before the first request; it waits for nothing."""
 
     def turned_away(self, connection: HTTPConnection) -> None:
         """Hear that a request was answered with 401; it waits for nothing."""
@@ -166,6 +170,15 @@ class Keeper:
             self._proofs.revised(self._store.revision())  # at once here, within a second elsewhere
 
         await to_thread.run_sync(leave)
+
+    def open(self) -> None:
+        """Make the first user: somebody else may be added by a command before anybody asks the page for anything."""
+
+        def prepare() -> None:
+            with contextlib.suppress(StoreUnavailableError):  # the first request tries again, and says it
+                self._prepare()
+
+        threading.Thread(target=prepare, name="first-user", daemon=True).start()
 
     def turned_away(self, connection: HTTPConnection) -> None:
         """See :meth:`Doorkeeper.turned_away`."""

@@ -60,6 +60,9 @@ class EverybodyIs:
     async def close_session(self, known: Known, connection: HTTPConnection) -> None:
         return None
 
+    def open(self) -> None:
+        return None
+
     def turned_away(self, connection: HTTPConnection) -> None:
         return None
 

@@ -6,6 +6,7 @@ import base64
 import logging
 import re
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +23,11 @@ from clinical_orchestration.api.app import IdentityGate, create_api
 from clinical_orchestration.audit.trail import AuditEntry, AuditError, AuditTrail
 from clinical_orchestration.page import turned_away
 from clinical_orchestration.page.__main__ import main
+from clinical_orchestration.page.app import create_app
+from clinical_orchestration.page.dagster_ui import DagsterUi
 from clinical_orchestration.page.door import Door
 from clinical_orchestration.page.keeper import Keeper
+from clinical_orchestration.page.settings import PageSettings
 from clinical_orchestration.page.turned_away import TurnedAway
 from clinical_orchestration.platform.store import PlatformStore
 from clinical_orchestration.users.first_user import DEFAULT_PASSWORD
@@ -491,6 +495,21 @@ def test_the_page_does_not_start_where_others_reach_it_with_the_well_known_passw
     assert main(["--host", "0.0.0.0"]) == 0  # noqa: S104
     assert served == ["0.0.0.0"]  # noqa: S104
     assert users.has_password("admin", "my own")
+
+
+def test_there_is_an_administrator_as_soon_as_the_page_runs(database: str, users: UserStore, tmp_path: Path) -> None:
+    def no_workspace(stack: ExitStack) -> Any:
+        raise ConnectionError("no code server")
+
+    settings = PageSettings(DAGSTER_HOME=str(tmp_path), POSTGRES_URL=database, CLINICAL_HOME="")
+    with TestClient(create_app(settings, DagsterUi(no_workspace))):
+        end = time.monotonic() + 10
+        while not users.users():  # nobody has asked the page for anything
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    # so that whoever adds a user by a command, before the first login, does not lock the administrator out
+    users.create_user("vera", "see", ["Viewer"], email="vera@example.org")
+    assert users.has_password("admin", DEFAULT_PASSWORD)
 
 
 class Rows:

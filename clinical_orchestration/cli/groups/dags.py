@@ -143,7 +143,7 @@ def _list_jobs(args: argparse.Namespace) -> None:
                 for kind, alive in beats(control.instance()).items()
             ]  # fmt: skip
         wanted = RunFilter([args.dag_id] if args.dag_id else None)
-        runs, _ = control.runs.list_runs(wanted, limit=args.limit or MANY, order_by=["-start_date"])
+        runs, _ = control.runs.list_runs(wanted, limit=MANY, order_by=["-start_date"])
     rows += [
         {
             "dag_id": run.dag_id,
