@@ -36,13 +36,14 @@ if TYPE_CHECKING:
 PIPELINE = "clinical_data_pipeline"
 BACKFILL = "feature_backfill"
 LOG_LINES = 40
+_SIDE_BY_SIDE = ("-n", str(min(2, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder")
+"""Two processes share the files of the default suite; each starts the services it needs, so that more need memory."""
 FOLLOW_SECONDS = 0.5
 _MORE_OF_THE_STACK = {
-    "AWS_ALLOW_HTTP", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL", "DAGSTER_HOME", "CLINICAL_DAGSTER_STORAGE",
-    "DAGSTER_EVENT_BATCH_SIZE", "CLINICAL_STORED_CONNECTIONS",
-    "CLINICAL_CHECKOUT", "CLINICAL_HOME",
+    "AWS_ALLOW_HTTP", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL", "CLINICAL_DAGSTER_STORAGE",
+    "CLINICAL_STORED_CONNECTIONS", "CLINICAL_CHECKOUT", "CLINICAL_HOME",
 }  # fmt: skip
-"""What ``--env`` exports besides the names of ClientSettings."""
+"""What ``--env`` exports besides the names of ClientSettings and Dagster's own."""
 
 _FEATURE_FLAGS = {
     "compare_stores": "Offline and online features",
@@ -501,8 +502,10 @@ class Commands:
 
         # the tests start services of their own; nothing may lead them to this stack
         ours = {str(field.alias) for field in ClientSettings.model_fields.values()} | _MORE_OF_THE_STACK
-        environment = {name: value for name, value in os.environ.items() if name not in ours}
-        arguments = self._options.pytest_arguments or ["-m", "not slow"]
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ours and not name.startswith("DAGSTER_")
+        }
+        arguments = self._options.pytest_arguments or ["-m", "not slow", *_SIDE_BY_SIDE]
         process = subprocess.Popen([sys.executable, "-m", "pytest", *arguments], cwd=checkout(), env=environment)
         while True:
             try:

@@ -854,19 +854,8 @@ def _mlflow_environment(context: Context) -> dict[str, str]:
     }
 
 
-def _makes_runs(_: Context) -> dict[str, str]:
-    """Return the environment of whoever makes runs: the events that announce a run's assets are stored in one batch.
-
-    Not for those who execute runs: there an event is stored as it happens.
-    """
-    return {"DAGSTER_EVENT_BATCH_SIZE": "1000"}
-
-
 def _page_environment(context: Context) -> dict[str, str]:
-    environment = {
-        "CLINICAL_SERVICE_TOKEN": context.settings.secrets().service_token.get_secret_value(),
-        **_makes_runs(context),
-    }
+    environment = {"CLINICAL_SERVICE_TOKEN": context.settings.secrets().service_token.get_secret_value()}
     password = os.environ.get(_ADMIN_PASSWORD, "")
     return environment | ({_ADMIN_PASSWORD: password} if password else {})
 
@@ -1145,7 +1134,6 @@ def specs() -> tuple[ServiceSpec, ...]:
             _probe_daemon,
             needs=("postgres", "code_server"),
             command=_daemon_command,
-            environment=_makes_runs,
             prepare=_prepare_dagster,
             needs_jars=True,
             hung_after=60.0,

@@ -262,7 +262,8 @@ def test_tests_run_in_the_checkout_with_the_fast_suite_by_default(
     monkeypatch.setenv("CLINICAL_HOME", str(home))
     assert run("--test")[0] == 5
     assert run("--test", "-k", "x")[0] == 5
-    assert seen[0][0][1:] == ["-m", "pytest", "-m", "not slow"]
+    assert seen[0][0][1:5] == ["-m", "pytest", "-m", "not slow"]
+    assert seen[0][0][5] == "-n"
     assert seen[1][0][1:] == ["-m", "pytest", "-k", "x"]
     exported = {line.removeprefix("export ").partition("=")[0] for line in run("--env")[1].splitlines()}
     assert set(seen[0][1]) & (exported - {"PATH"}) == set()
