@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import dagster as dg
-from dagster import Field, Float, Int, Noneable
+from dagster import DagsterEventType, Field, Float, Int, Noneable
 from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
 from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.events import DagsterEvent, EngineEventData
@@ -46,6 +46,7 @@ from dagster._utils.error import serializable_error_info_from_exc_info
 from dagster._utils.interrupts import capture_interrupts, pop_captured_interrupt
 from dagster_shared.error import SerializableErrorInfo
 
+from clinical_orchestration.execution.compute_logs import DirectComputeLogManager
 from clinical_orchestration.execution.relay import Frame, GroupedEvents, Inbox, RelayedEvents
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class _Process:
     killed: bool = False
     retry: DagsterEvent | None = None
     decided: bool = False
+    output: str | None = None
 
 
 @dataclass(frozen=True)
@@ -286,6 +288,8 @@ class _Run:
             known = frame.event.dagster_event
             if known is None:
                 continue
+            if known.event_type is DagsterEventType.LOGS_CAPTURED:
+                process.output = known.logs_captured_data.file_key
             if known.step_key != process.step_key:
                 self._yielded.append(known)
             elif known.is_step_up_for_retry:
@@ -320,6 +324,8 @@ class _Run:
         status = self._forget(process)
         if process.retry is not None and not process.decided:
             self._follow(process, process.retry, active)
+        if not process.done:
+            self._end_output(process)
         if process.error is not None or not process.done:
             error = process.error or _error(_how_it_ended(process, status, self._limits.seconds_to_stop))
             if process.decided:
@@ -328,6 +334,12 @@ class _Run:
                 self._fail(process, error, active)
         if not process.decided:
             active.verify_complete(self._context, process.step_key)
+
+    def _end_output(self, process: _Process) -> None:
+        """Say that a step that was killed writes no more; whoever reads its output would wait for ever."""
+        manager = self._context.instance.compute_log_manager
+        if process.output is not None and isinstance(manager, DirectComputeLogManager):
+            manager.complete(manager.build_log_key_for_run(self._context.run_id, process.output))
 
     def _forget(self, process: _Process) -> int | None:
         """End the process group, reap the process and return its exit status as :mod:`subprocess` gives it."""

@@ -217,6 +217,23 @@ def chances() -> None:
     differ([gives_random.alias(f"random_{number}")() for number in range(3)])
 
 
+@dg.op(config_schema={"until": str})
+def talks(context: dg.OpExecutionContext) -> None:
+    """Say something, wait for a file and die."""
+    print(f"this is {context.run_id}")  # noqa: T201
+    subprocess.run(["sh", "-c", "echo from a child >&2"], check=True)
+    deadline = time.monotonic() + 20
+    while not Path(context.op_config["until"]).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ctypes.string_at(0)
+
+
+@dg.job(executor_def=EXECUTOR)
+def talking() -> None:
+    """A step whose output is read while it runs."""
+    talks()
+
+
 @dg.asset
 def source() -> dg.MaterializeResult[None]:
     """An asset with a figure."""
@@ -258,6 +275,7 @@ DEFINITIONS = dg.Definitions(
         dynamic,
         no_resource,
         chances,
+        talking,
     ],
     executor=EXECUTOR,
 )

@@ -19,6 +19,7 @@ import yaml
 from dagster import AssetKey, DagsterEvent, DagsterEventType, DagsterInstance
 from dagster._core.events.log import EventLogEntry
 
+from clinical_orchestration.execution import compute_logs
 from clinical_orchestration.execution import storage as pooled_storage
 from clinical_orchestration.execution.steps import forked_executor, why_not_fork
 
@@ -115,6 +116,11 @@ def home(postgres_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
                         "class": "PooledPostgresStorage",
                         "config": {"postgres_url": url},
                     }
+                },
+                "compute_logs": {
+                    "module": compute_logs.__name__,
+                    "class": "DirectComputeLogManager",
+                    "config": {"base_dir": str(folder / "storage")},
                 },
                 "concurrency": {"pools": {"granularity": "op"}},
                 "telemetry": {"enabled": False},
@@ -266,6 +272,29 @@ def test_assets_and_checks_and_what_a_step_reads(worker: Worker) -> None:
     assert figures == {"rows": 3, "said": 1}
     assert len(ran.events(DagsterEventType.ASSET_CHECK_EVALUATION)) == 1
     assert ran.events(DagsterEventType.STEP_START, "never") == []
+
+
+def test_output_is_read_while_the_step_runs_and_is_complete_when_it_was_killed(worker: Worker, tmp_path: Path) -> None:
+    run_id = worker.start("talking", {"ops": {"talks": {"config": {"until": str(tmp_path / "go")}}}})
+    manager = worker.instance.compute_log_manager
+    deadline = time.monotonic() + 15
+    while True:
+        events = [record.dagster_event for record in worker.instance.all_logs(run_id)]
+        keys = [one.logs_captured_data.file_key for one in events if one and one.event_type_value == "LOGS_CAPTURED"]
+        output = manager.get_log_data(manager.build_log_key_for_run(run_id, keys[0])) if keys else None
+        if output and output.stdout and b"from a child" in (output.stderr or b""):
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert output.stdout == f"this is {run_id}\n".encode()
+    assert not manager.is_capture_complete(output.log_key)
+
+    (tmp_path / "go").touch()
+
+    assert worker.line() == "FAILURE"
+    assert manager.is_capture_complete(output.log_key)
+    assert b"Segmentation fault" in (manager.get_log_data(output.log_key).stderr or b"")
+    assert "SIGSEGV" in Ran("FAILURE", worker.instance.all_logs(run_id)).failure("talks")
 
 
 @pytest.mark.parametrize("deaf", [False, True])
