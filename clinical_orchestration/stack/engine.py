@@ -51,6 +51,8 @@ BACK_OFF = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 JAR_VARIABLES = ("CLINICAL_KAFKA_ENABLED", "CLINICAL_SPARK_CONNECTORS")
 
+HUNG_FAILURES = 4
+"""Questions in a row without an answer before a service is taken for hung, besides its time."""
 SILENT_SECONDS = 3.0
 """A service that has not answered for this long is shown as unhealthy."""
 
@@ -449,7 +451,7 @@ class Unit:
 
     def _watch(self) -> None:
         spec = self.spec
-        answered = time.monotonic()
+        answered, failures = time.monotonic(), 0
         while not self._stop.is_set() and not self._restart.is_set():
             ended = self._wait(spec.probe_every if self.status.state is State.HEALTHY else 0.5)
             if ended:
@@ -461,15 +463,17 @@ class Unit:
             except Exception as error:
                 self._raise_if_ended()
                 silent = time.monotonic() - answered
+                failures += 1
                 # one slow answer on a busy machine is no failure
                 if silent > SILENT_SECONDS:
                     self._show(State.UNHEALTHY, StackError(f"does not answer: {short(error)}", self._log_cure()))
-                if spec.command is not None and silent > spec.hung_after:
+                # where this process itself was held up for long, its first questions after that prove nothing
+                if spec.command is not None and silent > spec.hung_after and failures >= HUNG_FAILURES:
                     raise StackError(
                         f"{spec.title} did not answer for {silent:.0f} s: {short(error)}", self._log_cure()
                     ) from error
             else:
-                answered = time.monotonic()
+                answered, failures = time.monotonic(), 0
                 if self.status.state is not State.HEALTHY:
                     self._show(State.HEALTHY)
         self._restart.clear()
