@@ -278,7 +278,10 @@ async def call_of(request: Request) -> Call:
         accept=request.headers.get("accept", ""),
         user=getattr(identity, "name", "anonymous"),
         client=request.client.host if request.client else "",
-        origin="page" if request.headers.get("x-requested-with") == "page" else "api",
+        # a script may send the page's header, but it has no session
+        origin="page"
+        if request.headers.get("x-requested-with") == "page" and getattr(identity, "how", "session") == "session"
+        else "api",
     )
 
 

@@ -20,11 +20,6 @@ from clinical_orchestration_tests.airflow.live import new_database
 TINY = "clinical_orchestration_tests.airflow.tiny_definitions"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Know the marker of tests that install other people's clients."""
-    config.addinivalue_line("markers", "clients: needs Airflow's clients, in environments of their own")
-
-
 @pytest.fixture(scope="package")
 def database(postgres_env: dict[str, str]) -> str:
     """A database of its own; return its URL."""
