@@ -1,14 +1,15 @@
 """A trial in which things go wrong half-way, and what the platform does about it, without a hand.
 
-    python examples/incident_scenario.py            # about half an hour on two cores
+    python examples/incident_scenario.py            # about 25 minutes on two idle cores
 
 It starts a platform of its own (free ports, a folder of its own), plays a hospital (messages to Kafka, a prediction for
 every patient every day) and the clock (each simulated day the pipelines whose schedule fires), and prints the timeline.
 On day 18 of the trial three things begin: one site's thermometer reads Fahrenheit, another site's laboratory falls
-silent, and adverse events happen twice as often at the same state of health. Everything after that is the platform's
-doing: quality findings, stale sources, drift, alerts, and runs of ``scheduled_retraining`` that a sensor asks for. A
-new model that is not shown to be better on held-out subjects waits as challenger; the sensor asks again while the drift
-persists, until there is evidence enough to promote one. The play ends with that promotion.
+silent, and adverse events become more frequent at the same state of health: thrice the hazard, by which twice as many
+patients have one within a day. Everything after that is the platform's doing: quality findings, stale sources, drift,
+alerts, and runs of ``scheduled_retraining`` that a sensor asks for. A new model that is not shown to be better on
+held-out subjects waits as challenger; the sensor asks again while the drift persists, until there is evidence enough to
+promote one. The play ends with that promotion.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ TRIAL = "simulated-live"
 FIRST_MODEL_DAY = 16
 """Late enough that what counts over a week has been full for as long again: only then can such a count drift."""
 CALM_DAYS = 18
+DAILY_UNTIL = 20
+"""From then on every second day is played."""
+EVENT_FACTOR = 3.0
+"""Of the hazard. Events of a bad episode come together, so that the share of patients with one in a day doubles."""
+HOLDOUT_SHARE = 0.4
+"""Of the subjects. A few days of outcomes of few people cannot tell two models apart."""
 PAUSE_HOURS = 0.04
 """A simulated day passes in a minute or two: so is the pause before a sensor asks for retraining again."""
 OUTCOMES = {"promoted": "promotion", "challenger": "challenger"}
@@ -130,7 +137,7 @@ class Hospital:
             incidents=(
                 Incident(kind="fahrenheit", from_day=CALM_DAYS, site=FAHRENHEIT_SITE),
                 Incident(kind="silent_lab", from_day=CALM_DAYS, site=SILENT_SITE),
-                Incident(kind="event_rate", from_day=CALM_DAYS, factor=2.0),
+                Incident(kind="event_rate", from_day=CALM_DAYS, factor=EVENT_FACTOR),
             ),
         )
         self.start = datetime.fromisoformat(settings.start)
@@ -219,7 +226,7 @@ def play(platform: Platform, hospital: Hospital, days: int, timeline: Timeline, 
     trained = platform.result("clinical_data_pipeline", run["dag_run_id"], "evaluate_model")
     champion = platform.champion(model)
     timeline.add(FIRST_MODEL_DAY, "model", f"first champion, version {champion}; {_shown(trained)}")
-    for day in range(FIRST_MODEL_DAY + 1, days + 1):
+    for day in (*range(FIRST_MODEL_DAY + 1, DAILY_UNTIL), *range(DAILY_UNTIL, days + 1, 2)):
         sent = hospital.send_until(day)
         ingest = platform.run("clinical_data_pipeline", keep_model=True)
         answered = platform.predict(sorted(hospital.patients))
@@ -296,7 +303,7 @@ def main() -> int:
     parser.add_argument(
         "--home", type=Path, help="folder of the platform; default: a temporary one, removed at the end"
     )
-    parser.add_argument("--subjects", type=int, default=160)
+    parser.add_argument("--subjects", type=int, default=240)
     parser.add_argument("--days", type=int, default=32, help="longest play; it ends with the retrained model")
     parser.add_argument("--seed", type=int, default=20250101)
     options = parser.parse_args()
@@ -307,6 +314,7 @@ def main() -> int:
             "CLINICAL_TRIAL": TRIAL,
             "CLINICAL_VAR_CLINICAL_DATA_MINIMUM_RECORDS": "100000000",  # the script is the clock of the data pipeline
             "CLINICAL_VAR_RETRAINING_PAUSE_HOURS": str(PAUSE_HOURS),
+            "CLINICAL_VAR_RETRAINING_HOLDOUT_SHARE": str(HOLDOUT_SHARE),
         }
         from clinical_orchestration.stack import client
         from clinical_orchestration.stack.settings import INTERNAL_PORTS, PUBLIC_PORTS, StackSettings
