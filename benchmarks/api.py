@@ -167,7 +167,8 @@ def serve(runs: int) -> None:
     from clinical_orchestration.airflow.database import open_engine
     from clinical_orchestration.page.__main__ import SWITCH_SECONDS
     from clinical_orchestration.stack.testing import embedded
-    from clinical_orchestration_tests.airflow.live import ThreadLauncher, live_page, new_database
+    from clinical_orchestration_tests.airflow.live import ThreadLauncher, live_page
+    from clinical_orchestration_tests.databases import new_database
 
     sys.setswitchinterval(SWITCH_SECONDS)  # as the page's own process has it
     os.environ["DAGSTER_EVENT_BATCH_SIZE"] = "1000"  # as the stack sets it for the page

@@ -15,7 +15,7 @@ from clinical_orchestration.airflow.control import Control
 from clinical_orchestration.airflow.database import open_engine
 from clinical_orchestration.instance import ensure_pools
 from clinical_orchestration_tests.airflow import tiny_definitions
-from clinical_orchestration_tests.airflow.live import new_database
+from clinical_orchestration_tests.databases import new_database
 
 TINY = "clinical_orchestration_tests.airflow.tiny_definitions"
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psycopg2
 from cryptography.fernet import Fernet
 from dagster._core.launcher import LaunchRunContext
 from dagster._core.launcher.sync_in_memory_run_launcher import SyncInMemoryRunLauncher
@@ -71,16 +70,6 @@ class Live:
     context: WorkspaceProcessContext
     app: Any
     database: str
-
-
-def new_database(url: str, name: str) -> str:
-    """Make an empty database beside `url`; return its URL."""
-    connection = psycopg2.connect(url)
-    connection.autocommit = True
-    with connection.cursor() as cursor:
-        cursor.execute(f"CREATE DATABASE {name}")
-    connection.close()
-    return url.rpartition("/")[0] + "/" + name
 
 
 @contextmanager

@@ -24,8 +24,9 @@ from clinical_orchestration_tests.airflow.environments import (
     airflow_document,
     environment,
 )
-from clinical_orchestration_tests.airflow.live import ADMIN, ROOT, VIEWER, Live, ThreadLauncher, live_page, new_database
+from clinical_orchestration_tests.airflow.live import ADMIN, ROOT, VIEWER, Live, ThreadLauncher, live_page
 from clinical_orchestration_tests.airflow.operations_table import TABLE, parsed, written
+from clinical_orchestration_tests.databases import new_database
 
 SCRIPTS = Path(__file__).parent / "clients"
 

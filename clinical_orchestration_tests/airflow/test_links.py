@@ -8,7 +8,8 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from clinical_orchestration_tests.airflow.live import ADMIN, live_page, new_database
+from clinical_orchestration_tests.airflow.live import ADMIN, live_page
+from clinical_orchestration_tests.databases import new_database
 
 pytestmark = pytest.mark.integration
 

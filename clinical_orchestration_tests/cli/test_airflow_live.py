@@ -16,8 +16,9 @@ from dagster._daemon.types import DaemonHeartbeat
 from clinical_orchestration.audit.trail import AuditTrail
 from clinical_orchestration.contract import CLINICAL_DATA_PIPELINE, MODEL_MONITORING, PIPELINES
 from clinical_orchestration_tests.airflow import tiny_definitions
-from clinical_orchestration_tests.airflow.live import VIEWER, Live, live_page, new_database
+from clinical_orchestration_tests.airflow.live import VIEWER, Live, live_page
 from clinical_orchestration_tests.cli.test_airflow import DEPLOY, Airflow, airflow
+from clinical_orchestration_tests.databases import new_database
 
 __all__ = ["airflow"]
 pytestmark = pytest.mark.integration

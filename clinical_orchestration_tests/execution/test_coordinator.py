@@ -24,7 +24,7 @@ from dagster._serdes import ConfigurableClass
 
 from clinical_orchestration.execution import coordinator
 from clinical_orchestration.execution.coordinator import LockedQueueDaemon, create_daemons, queue_lock
-from clinical_orchestration_tests.airflow.live import new_database
+from clinical_orchestration_tests.databases import new_database
 
 HERE = "clinical_orchestration_tests.execution.test_coordinator"
 ORIGIN = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("here"), "repository").get_job_origin("job")

@@ -15,7 +15,7 @@ from dagster import DagsterRunStatus
 from dagster._core.launcher import WorkerStatus
 from dagster._core.storage.tags import GRPC_INFO_TAG
 
-from clinical_orchestration_tests.airflow.live import new_database
+from clinical_orchestration_tests.databases import new_database
 from clinical_orchestration_tests.execution.warm_world import World, wait_for, warm_world
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psycopg2
 import pytest
 import yaml
 from dagster import AssetKey, DagsterEvent, DagsterEventType, DagsterInstance
@@ -22,6 +21,7 @@ from dagster._core.events.log import EventLogEntry
 from clinical_orchestration.execution import compute_logs
 from clinical_orchestration.execution import storage as pooled_storage
 from clinical_orchestration.execution.steps import forked_executor, why_not_fork
+from clinical_orchestration_tests.databases import new_database
 
 pytestmark = pytest.mark.integration
 WORLD = "clinical_orchestration_tests.execution.steps_world"
@@ -99,13 +99,8 @@ class Ran:
 @pytest.fixture(scope="module")
 def home(postgres_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a `dagster.yaml` on a database of its own."""
-    connection = psycopg2.connect(postgres_env["POSTGRES_URL"])
-    connection.autocommit = True
-    with connection.cursor() as cursor:
-        cursor.execute("CREATE DATABASE steps")
-    connection.close()
+    url = new_database(postgres_env["POSTGRES_URL"], "steps")
     folder = tmp_path_factory.mktemp("steps")
-    url = postgres_env["POSTGRES_URL"].rpartition("/")[0] + "/steps"
     (folder / "notes").mkdir()
     (folder / "dagster.yaml").write_text(
         yaml.safe_dump(

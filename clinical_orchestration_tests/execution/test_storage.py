@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psycopg2
 import pytest
 import sqlalchemy as sa
 from dagster import (
@@ -30,6 +29,7 @@ from dagster import (
 from dagster._core.test_utils import instance_for_test
 
 from clinical_orchestration.execution import storage as pooled
+from clinical_orchestration_tests.databases import execute, temporary_database
 
 
 @asset(tags={"a": "1"})
@@ -74,15 +74,11 @@ class Statements:
 
 
 @pytest.fixture
-def database(postgres_env: dict[str, str], request: pytest.FixtureRequest) -> str:
+def database(postgres_env: dict[str, str]) -> Iterator[str]:
     """An empty database."""
-    name = "storage_" + "".join(c if c.isalnum() else "_" for c in request.node.name.lower())[:40]
-    connection = psycopg2.connect(postgres_env["POSTGRES_URL"])
-    connection.autocommit = True
-    with connection.cursor() as cursor:
-        cursor.execute(f"CREATE DATABASE {name}")
-    connection.close()
-    return postgres_env["POSTGRES_URL"].rpartition("/")[0] + "/" + name
+    with temporary_database(postgres_env["POSTGRES_URL"], "storage") as url:
+        yield url
+        pooled.shared_engine(url).dispose()
 
 
 @pytest.fixture
@@ -98,7 +94,6 @@ def instances(database: str, tmp_path: Path) -> Iterator[dict[str, DagsterInstan
             name: stack.enter_context(instance_for_test(temp_dir=_made(tmp_path / name), overrides={"storage": chosen}))
             for name, chosen in (("pooled", ours), ("stock", {"postgres": {"postgres_url": database}}))
         }
-    pooled.shared_engine(database).dispose()
 
 
 def _made(folder: Path) -> str:
@@ -247,15 +242,12 @@ def test_a_broken_connection_is_replaced_unseen(
 ) -> None:
     instance = instances["pooled"]
     assert instance.get_runs_count() == 0
-    connection = psycopg2.connect(database)
-    connection.autocommit = True
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
-            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        )
-        assert cursor.fetchone()[0] >= 1  # type: ignore[index]
-    connection.close()
+    assert pooled.shared_engine(database).pool.checkedin() >= 1  # type: ignore[attr-defined]
+    execute(
+        database,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()",
+    )
     monkeypatch.setattr(pooled, "PROVEN_SECONDS", 0.0)  # as if it had been idle
     assert instance.get_runs_count() == 0
 

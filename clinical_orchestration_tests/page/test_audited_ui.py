@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import psycopg2
 import pytest
 from starlette.testclient import TestClient
 
@@ -17,6 +15,7 @@ from clinical_orchestration.page.app import create_app
 from clinical_orchestration.page.dagster_ui import DagsterUi
 from clinical_orchestration.page.settings import PageSettings
 from clinical_orchestration.platform.crypto import new_key
+from clinical_orchestration_tests.databases import temporary_database
 from clinical_orchestration_tests.page.support import EverybodyIs, open_tiny_workspace
 
 pytestmark = pytest.mark.integration
@@ -36,30 +35,22 @@ def deployment(
     postgres_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[TestClient, EverybodyIs, AuditTrail]]:
     """The page, who asks it, and the trail that it writes."""
-    base, _, _ = postgres_env["POSTGRES_URL"].rpartition("/")
-    name = f"ui_{uuid.uuid4().hex[:12]}"
-    admin = psycopg2.connect(postgres_env["POSTGRES_URL"])
-    admin.autocommit = True
-    with admin.cursor() as cursor:
-        cursor.execute(f'create database "{name}"')
     home = tmp_path_factory.mktemp("home")
     with ExitStack() as stack:
+        database = stack.enter_context(temporary_database(postgres_env["POSTGRES_URL"], "ui"))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("CLINICAL_HOME", str(home))
         patch.setenv("CLINICAL_FERNET_KEY", new_key())
         folder: Path = tmp_path_factory.mktemp("dagster")
         ui = DagsterUi(lambda opened: open_tiny_workspace(folder, opened))
         settings = PageSettings(
-            DAGSTER_HOME=str(folder), POSTGRES_URL=f"{base}/{name}", CLINICAL_HOME="",
+            DAGSTER_HOME=str(folder), POSTGRES_URL=database, CLINICAL_HOME="",
             CLINICAL_PAGE_ALLOWED_HOSTS="testserver",
         )  # fmt: skip
         door = EverybodyIs("Admin")
         client = stack.enter_context(TestClient(create_app(settings, ui, door), raise_server_exceptions=False))
         assert ui.wait(60), "the workspace did not open"
-        yield client, door, AuditTrail(f"{base}/{name}")
-    with admin.cursor() as cursor:
-        cursor.execute(f'drop database "{name}" with (force)')
-    admin.close()
+        yield client, door, AuditTrail(database)
 
 
 def launch(client: TestClient) -> Any:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from clinical_orchestration_tests.airflow import tiny_definitions
-from clinical_orchestration_tests.airflow.live import ADMIN, VIEWER, live_page, new_database
+from clinical_orchestration_tests.airflow.live import ADMIN, VIEWER, live_page
+from clinical_orchestration_tests.databases import new_database
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page

@@ -6,32 +6,24 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import argon2
-import psycopg2
 import pytest
 
 from clinical_orchestration.platform.crypto import new_key
 from clinical_orchestration.users import passwords
 from clinical_orchestration.users.store import UserStore
+from clinical_orchestration_tests.databases import execute, new_database
 
 
 @pytest.fixture(scope="package")
 def own_database(postgres_env: dict[str, str]) -> str:
     """A database for these tests; return its URL."""
-    connection = psycopg2.connect(postgres_env["POSTGRES_URL"])
-    connection.autocommit = True
-    with connection.cursor() as cursor:
-        cursor.execute("create database users")
-    connection.close()
-    return postgres_env["POSTGRES_URL"].rpartition("/")[0] + "/users"
+    return new_database(postgres_env["POSTGRES_URL"], "users")
 
 
 @pytest.fixture
 def database(own_database: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same database, empty, as the environment names it."""
-    connection = psycopg2.connect(own_database)
-    with connection, connection.cursor() as cursor:
-        cursor.execute("drop schema public cascade; create schema public")
-    connection.close()
+    execute(own_database, "drop schema public cascade; create schema public")
     monkeypatch.setenv("POSTGRES_URL", own_database)
     monkeypatch.setenv("CLINICAL_FERNET_KEY", new_key())
     return own_database
