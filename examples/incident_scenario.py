@@ -316,6 +316,8 @@ def main() -> int:
             "CLINICAL_VAR_RETRAINING_PAUSE_HOURS": str(PAUSE_HOURS),
             "CLINICAL_VAR_RETRAINING_HOLDOUT_SHARE": str(HOLDOUT_SHARE),
         }
+        # every patient has new records every day, so that all features are computed anew
+        os.environ.setdefault("CLINICAL_SPARK_MEMORY_MB", "2048")
         from clinical_orchestration.stack import client
         from clinical_orchestration.stack.settings import INTERNAL_PORTS, PUBLIC_PORTS, StackSettings
 
