@@ -11,7 +11,11 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+LOG = "bridge.log"
+"""What all bridges of a test said, in their home."""
 
 INSIDE = ("produced", "flushed", "committing")
 """Points inside an open Kafka transaction: some of its records are in the log, all are, the commit is on its way."""
@@ -32,7 +36,7 @@ def run(environment: Mapping[str, str], point: str, number: int, delay: float) -
     """Run the bridge of an environment until it is ended.
 
     Args:
-        environment: variables to set.
+        environment: variables to set, CLINICAL_HOME among them.
         point: where to die, one of :data:`POINTS`; empty: nowhere.
         number: at which time that it comes there, from 1.
         delay: seconds from the begin of a commit to the death, for ``committing``.
@@ -43,7 +47,7 @@ def run(environment: Mapping[str, str], point: str, number: int, delay: float) -
     from clinical_orchestration.stores import ibm_mq
 
     os.environ.update(environment)
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+    sys.stderr = open(Path(environment["CLINICAL_HOME"]) / LOG, "a")  # noqa: SIM115 - for the rest of the process
     left = [number]
 
     def here(name: str) -> bool:
