@@ -10,6 +10,8 @@ between two Spark drivers.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import socket
 import threading
 from collections.abc import Mapping
@@ -64,6 +66,8 @@ class SparkSessions:
                 self._session = None
             if self._session is None:
                 self._session = _create(remote)
+                atexit.unregister(self._end)
+                atexit.register(self._end)
                 for name, value in self._configuration.items():
                     self._session.conf.set(name, value)
             return self._session
@@ -74,6 +78,13 @@ class SparkSessions:
             if self._session is not None:
                 self._session.stop()
                 self._session = None
+
+    def _end(self) -> None:
+        """End the session with its process: the server would keep it, with the plans of the whole run, for an hour."""
+        with contextlib.suppress(SparkUnavailableError):
+            # the client would try for a minute to reach a server that is gone
+            _check_listening((self._settings or ClientSettings()).spark_remote)
+            self.close()
 
 
 _default_sessions = SparkSessions()
