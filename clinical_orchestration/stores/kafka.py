@@ -786,25 +786,25 @@ class ConfluentTransactions:
                 except KafkaException as error:
                     if refused or not error.args[0].retriable() or time.monotonic() > deadline:
                         raise
-            client.abort_transaction(self._timeout)
         except (KafkaException, BufferError) as error:
+            client.poll(0)  # reports that came with the error
             cause = error.args[0] if isinstance(error, KafkaException) else None
-            if refused and cause is not None and cause.txn_requires_abort():
-                with contextlib.suppress(KafkaException):
-                    client.abort_transaction(self._timeout)
-                    raise RecordRefusedError(refused) from error
-            self.close()
             fenced = cause is not None and cause.code() in (
                 KafkaError._FENCED,
                 KafkaError.PRODUCER_FENCED,
                 KafkaError.INVALID_PRODUCER_EPOCH,
             )
-            name = cause.name() if cause is not None else type(error).__name__
-            raise (FencedError if fenced else TransactionFailedError)(
-                "another writer with the same transactional id took over"
-                if fenced
-                else f"the transaction did not end well: {name}"
-            ) from error
+            if fenced or not refused:
+                self.close()
+                name = cause.name() if cause is not None else type(error).__name__
+                raise (FencedError if fenced else TransactionFailedError)(
+                    "another writer with the same transactional id took over"
+                    if fenced
+                    else f"the transaction did not end well: {name}"
+                ) from error
+        # A transaction with a refused record is never committed. Its end is left to a producer of a new epoch: with
+        # this one, the gap in the sequence numbers would let later transactions fail (OUT_OF_ORDER_SEQUENCE_NUMBER).
+        self.start()
         raise RecordRefusedError(refused)
 
     def close(self) -> None:

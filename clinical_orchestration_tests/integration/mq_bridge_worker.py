@@ -21,10 +21,10 @@ INSIDE = ("produced", "flushed", "committing")
 """Points inside an open Kafka transaction: some of its records are in the log, all are, the commit is on its way."""
 
 POINTS = (
-    "before init", "after init", "begun", *INSIDE, "committed", "before abort", "after abort",
+    "before init", "after init", "begun", *INSIDE, "committed", "before restart", "after restart",
     *(f"{when} {call}" for call in ("listing", "browse", "remove", "put") for when in ("before", "after")),
 )  # fmt: skip
-"""Every point of a transfer."""
+"""Every point of a transfer; the producer is started again where Kafka has refused a record."""
 
 
 def die() -> None:
@@ -48,7 +48,7 @@ def run(environment: Mapping[str, str], point: str, number: int, delay: float) -
 
     os.environ.update(environment)
     sys.stderr = open(Path(environment["CLINICAL_HOME"]) / LOG, "a")  # noqa: SIM115 - for the rest of the process
-    left = [number]
+    left, started = [number], list[bool]()
 
     def here(name: str) -> bool:
         """Return whether this is the moment."""
@@ -61,9 +61,11 @@ def run(environment: Mapping[str, str], point: str, number: int, delay: float) -
 
     class Producer(confluent_kafka.Producer):  # type: ignore[misc]
         def init_transactions(self, *args: Any) -> Any:
-            maybe("before init")
+            what = "restart" if started else "init"
+            started.append(True)
+            maybe(f"before {what}")
             result = super().init_transactions(*args)
-            maybe("after init")
+            maybe(f"after {what}")
             return result
 
         def begin_transaction(self) -> Any:
@@ -87,12 +89,6 @@ def run(environment: Mapping[str, str], point: str, number: int, delay: float) -
                 threading.Timer(delay, die).start()
             result = super().commit_transaction(*args)
             maybe("committed")
-            return result
-
-        def abort_transaction(self, *args: Any) -> Any:
-            maybe("before abort")
-            result = super().abort_transaction(*args)
-            maybe("after abort")
             return result
 
     class Queue(ibm_mq.RestMessageQueue):

@@ -90,6 +90,17 @@ def record(place: Place, value: str) -> Record:
     return Record(place.topic, value.encode(), value.encode())
 
 
+def small_records(place: Place) -> None:
+    """Let the topic refuse records that the bridge takes."""
+    from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
+
+    limit = ConfigEntry("max.message.bytes", "300000", incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ResourceType.TOPIC, place.topic, incremental_configs=[limit])
+    admin = AdminClient({"bootstrap.servers": place.servers})
+    for done in admin.incremental_alter_configs([resource]).values():
+        done.result(30)
+
+
 # --- transactions ----------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +139,26 @@ def test_a_record_that_is_too_large_refuses_its_transaction_and_the_next_one_wor
     assert place.committed() == []
     writer.commit([record(place, "b")])
     assert [message.value for message in place.committed()] == [b"b"]
+    writer.close()
+
+
+def test_transactions_go_on_after_records_that_the_broker_refuses(place: Place) -> None:
+    small_records(place)
+    writer = ConfluentTransactions(place.servers, place.topic)
+    writer.start()
+    rng = random.Random(2)
+    large = Record(place.topic, rng.randbytes(600_000), b"large")
+    expected = []
+    for number in range(8):
+        others = [record(place, f"{number}-{index}") for index in range(rng.randint(0, 6))]
+        mixed = [*others, large]
+        rng.shuffle(mixed)
+        with pytest.raises(RecordRefusedError) as caught:
+            writer.commit(mixed)
+        assert mixed.index(large) in caught.value.refused  # and those that were sent in one batch with it
+        writer.commit(others)
+        expected += [item.value for item in others]
+    assert Counter(message.value for message in place.committed()) == Counter(expected)
     writer.close()
 
 

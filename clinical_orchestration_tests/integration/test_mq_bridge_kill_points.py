@@ -24,7 +24,7 @@ from clinical_orchestration.ingestion.mq_bridge import MESSAGE_ID_HEADER, NAME
 from clinical_orchestration.ingestion.status_file import read_status
 from clinical_orchestration_tests.ingestion.mq_standin import QueueManager
 from clinical_orchestration_tests.integration import mq_bridge_worker as worker
-from clinical_orchestration_tests.integration.test_mq_bridge_kafka import PATIENCE, Place, payload, place
+from clinical_orchestration_tests.integration.test_mq_bridge_kafka import PATIENCE, Place, payload, place, small_records
 
 __all__ = ["place"]  # a fixture
 
@@ -125,17 +125,6 @@ class Transfers:
         return len(committed), self.place.all_written() - len(committed)
 
 
-def small_records(place: Place) -> None:
-    """Let the topic refuse records that the bridge takes."""
-    from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
-
-    limit = ConfigEntry("max.message.bytes", "300000", incremental_operation=AlterConfigOpType.SET)
-    resource = ConfigResource(ResourceType.TOPIC, place.topic, incremental_configs=[limit])
-    admin = AdminClient({"bootstrap.servers": place.servers})
-    for done in admin.incremental_alter_configs([resource]).values():
-        done.result(30)
-
-
 def kill_everywhere(place: Place, home: Path, seed: int, points: Sequence[str]) -> None:
     small_records(place)
     with QueueManager() as qmgr:
@@ -144,8 +133,8 @@ def kill_everywhere(place: Place, home: Path, seed: int, points: Sequence[str]) 
         ended_inside = 0
         for point in points:
             # two batches at least have something to store, whatever the bridges before left
-            transfers.put(8, unreadable=2, refused=point.endswith("abort"))
-            number = 1 if point.endswith(("init", "put", "abort")) else rng.randint(1, 2)
+            transfers.put(8, unreadable=2, refused=point.endswith("restart"))
+            number = 1 if point.endswith(("init", "put", "restart")) else rng.randint(1, 2)
             # of a transaction whose first record Kafka refuses, nothing gets into the log
             told = point in ("produced", "flushed") and not transfers.refused_wait()
             before = place.all_written() if told else 0
