@@ -56,9 +56,10 @@ class Stack:
         return self.environment["AIRFLOW_URL"]
 
     def command(self, *words: str, seconds: float = 60, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in a shell of ``--env``."""
+        """Run a command in the environment of ``--env``."""
         return subprocess.run(
-            list(words), capture_output=True, text=True, timeout=seconds, check=False,
+            [str(Path(sys.executable).parent / words[0]), *words[1:]],
+            capture_output=True, text=True, timeout=seconds, check=False,
             env={**os.environ, **self.environment, **variables},
         )  # fmt: skip
 

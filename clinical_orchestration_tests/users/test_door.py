@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import logging
 import re
 import time
@@ -510,6 +511,22 @@ def test_there_is_an_administrator_as_soon_as_the_page_runs(database: str, users
     # so that whoever adds a user by a command, before the first login, does not lock the administrator out
     users.create_user("vera", "see", ["Viewer"], email="vera@example.org")
     assert users.has_password("admin", DEFAULT_PASSWORD)
+
+
+def test_only_a_session_changes_things_as_the_page(world: World) -> None:
+    browser = world.browser()
+    token = {"x-csrftoken": csrf(browser)}
+    answer = browser.post(
+        "/api/v1/variables", json={"key": "a", "value": "1"}, headers={**token, "x-requested-with": "page"}
+    )
+    assert answer.status_code == 200, answer.text
+    assert browser.post("/api/v1/variables", json={"key": "b", "value": "1"}, headers=token).status_code == 200
+    script = world.client("admin", DEFAULT_PASSWORD)
+    body = {"key": "c", "value": "1"}
+    assert script.post("/api/v1/variables", json=body, headers={"x-requested-with": "page"}).status_code == 200
+    origins = [(json.loads(row.new or "{}")["key"], row.origin) for row in world.trail.rows()
+               if row.event == "variable.create"]  # fmt: skip
+    assert origins == [("a", "page"), ("b", "api"), ("c", "api")]
 
 
 class Rows:
