@@ -1,6 +1,6 @@
 """A trial in which things go wrong half-way, and what the platform does about it, without a hand.
 
-    python examples/incident_scenario.py            # about 25 minutes on two idle cores
+    python examples/incident_scenario.py            # about half an hour on two busy cores
 
 It starts a platform of its own (free ports, a folder of its own), plays a hospital (messages to Kafka, a prediction for
 every patient every day) and the clock (each simulated day the pipelines whose schedule fires), and prints the timeline.
