@@ -40,8 +40,9 @@ class Service:
 
     @property
     def shown_state(self) -> str:
-        """The state to show: a process that is gone is not healthy, whatever was written before."""
-        return "unhealthy" if self.state == "healthy" and self.pid is not None and not self.alive else self.state
+        """The state to show: a process that is gone is not healthy, nor one that failed and is being started again."""
+        gone = self.state == "healthy" and self.pid is not None and not self.alive
+        return "unhealthy" if gone or (self.state == "starting" and self.restarts) else self.state
 
 
 @dataclass(frozen=True)

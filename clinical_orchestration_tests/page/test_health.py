@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -160,3 +161,17 @@ def test_a_killed_process_is_seen_at_once_even_as_a_zombie() -> None:
         time.sleep(0.01)
     assert not process_alive(process.pid)  # nobody has waited for it yet
     process.wait()
+
+
+@pytest.mark.parametrize(
+    ("service", "shown"),
+    [
+        (ALIVE, "healthy"),
+        (DEAD, "unhealthy"),
+        (RESTARTED, "starting"),
+        (replace(RESTARTED, restarts=1), "unhealthy"),
+        (replace(ALIVE, restarts=1), "healthy"),
+    ],
+)
+def test_a_service_that_failed_shows_until_its_successor_answers(service: Service, shown: str) -> None:
+    assert service.shown_state == shown
