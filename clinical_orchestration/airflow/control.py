@@ -139,7 +139,7 @@ class Control:
         states = {
             state.instigator_name: state.status.value for state in request.instance.all_instigator_state()
         }  # fmt: skip
-        with self._engine.connect() as connection:
+        with self.runs.reads.connect() as connection:
             paused = set(connection.execute(sa.select(paused_dags.c.dag_id)).scalars())
         now = datetime.now(UTC)
         result = {}
@@ -160,7 +160,7 @@ class Control:
         """
         self.runs.prepare()
         self.catalog()
-        with self._engine.connect() as connection:
+        with self.runs.reads.connect() as connection:
             return self._version, *connection.execute(_SWITCHES).one()
 
     def set_paused(self, dag: Dag, paused: bool) -> None:
@@ -277,7 +277,7 @@ class Control:
     def release_held(self) -> int:
         """Start what was triggered while its DAG was paused and is not any more; return how many runs."""
         self.runs.prepare()
-        with self._engine.connect() as connection:
+        with self.runs.reads.connect() as connection:
             query = sa.select(dag_runs.c.id, dag_runs.c.dag_id).where(dag_runs.c.held).order_by(dag_runs.c.id)
             waiting = connection.execute(query).all()
         if not waiting:

@@ -8,10 +8,12 @@ from the event log and hold nothing else but notes and states that somebody set 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
+
+from clinical_orchestration.platform.pooling import prove_idle_connections
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
@@ -131,6 +133,7 @@ job_ticks = sa.table(
     sa.column("timestamp", sa.DateTime),
 )
 
+KEPT_READERS = 4
 _LOCK = 0x436C696E6F7263  # advisory lock around the creation of the tables
 
 
@@ -148,15 +151,32 @@ def open_engine(url: str, *, size: int = 4) -> Engine:
         url: ``postgresql://...``; it holds the password and is shown nowhere.
         size: connections kept; twice as many may be open at once.
     """
-    return sa.create_engine(
-        url.replace("postgresql://", "postgresql+psycopg2://", 1),
+    return _engine(sa.make_url(url).set(drivername="postgresql+psycopg2"), size)
+
+
+def twin_for_reads(engine: Engine) -> Engine:
+    """Return an engine on the same database whose statements stand alone, each one round trip; it ends with it.
+
+    Args:
+        engine: of :func:`open_engine`.
+    """
+    twin = _engine(engine.url, KEPT_READERS, isolation_level="AUTOCOMMIT")
+    sa.event.listen(engine, "engine_disposed", lambda _: twin.dispose())
+    return twin
+
+
+def _engine(url: sa.URL, size: int, **options: Any) -> Engine:
+    engine = sa.create_engine(
+        url,
         pool_size=size,
         max_overflow=size,
-        pool_pre_ping=True,
         pool_recycle=3600,
         hide_parameters=True,
         connect_args={"connect_timeout": 5, "application_name": "airflow-view", "options": "-c timezone=UTC"},
+        **options,
     )
+    prove_idle_connections(engine)
+    return engine
 
 
 def has_dagster(connection: Connection) -> bool:

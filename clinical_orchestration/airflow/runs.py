@@ -27,6 +27,7 @@ from clinical_orchestration.airflow.database import (
     runs,
     task_instances,
     task_tries,
+    twin_for_reads,
 )
 from clinical_orchestration.airflow.states import (
     RUN_STATES,
@@ -186,6 +187,7 @@ class RunBook:
 
     def __init__(self, engine: Engine, catalog: Callable[[], Catalog]) -> None:
         self.engine = engine
+        self.reads = twin_for_reads(engine)
         self._catalog = catalog
         self._ready = False
         self._newest = 0
@@ -240,7 +242,7 @@ class RunBook:
             )
             .order_by(*order, dag_runs.c.id)
         )
-        with self.engine.connect() as connection:
+        with self.reads.connect() as connection:
             rows = connection.execute(page).mappings().all()
             if offset == 0 and len(rows) < limit:
                 total = len(rows)
@@ -270,7 +272,7 @@ class RunBook:
         wanted = sa.func.unnest(sa.cast(list(dag_ids), ARRAY(sa.Text))).table_valued("wanted").render_derived()
         query = sa.select(mine).select_from(wanted.join(mine, sa.true())).order_by(mine.c.id.desc())
         found: dict[str, list[DagRun]] = {}
-        with self.engine.connect() as connection:
+        with self.reads.connect() as connection:
             for row in connection.execute(query).mappings():
                 found.setdefault(row["dag_id"], []).append(_dag_run(row))
         return found
@@ -289,7 +291,7 @@ class RunBook:
             .select_from(_RUNS.join(run_attempts, run_attempts.c.dag_run == dag_runs.c.id))
             .where(run_attempts.c.dagster_run_id == dagster_run_id)
         )
-        with self.engine.connect() as connection:
+        with self.reads.connect() as connection:
             row = connection.execute(query).mappings().first()
         return _dag_run(row) if row is not None else None
 
@@ -300,7 +302,7 @@ class RunBook:
             .where(run_attempts.c.dag_run == run.id)
             .order_by(run_attempts.c.number)
         )
-        with self.engine.connect() as connection:
+        with self.reads.connect() as connection:
             return list(connection.execute(query).scalars())
 
     def counts(self, dag_ids: Sequence[str] | None = None) -> dict[tuple[str, str], int]:
@@ -313,7 +315,7 @@ class RunBook:
             .where(_run_condition(RunFilter(dag_ids=dag_ids)))
             .group_by(dag_runs.c.dag_id, state)
         )
-        with self.engine.connect() as connection:
+        with self.reads.connect() as connection:
             return {(dag_id, name): count for dag_id, name, count in connection.execute(query)}
 
     # --- task instances ---------------------------------------------------------------------------------------------
@@ -342,7 +344,7 @@ class RunBook:
             .limit(limit)
             .offset(offset)
         )
-        with self.engine.connect() as connection:
+        with self.reads.connect() as connection:
             rows = connection.execute(page).mappings().all()
             if offset == 0 and len(rows) < limit:
                 total = len(rows)
@@ -367,7 +369,7 @@ class RunBook:
             .where(task_tries.c.dag_run == run.id, task_tries.c.task_id == task_id)
             .order_by(task_tries.c.try_number)
         )
-        with self.engine.connect() as connection:
+        with self.reads.connect() as connection:
             rows = connection.execute(query).mappings().all()
         return [
             TaskTry(
@@ -385,12 +387,13 @@ class RunBook:
         dags = self._catalog().dags
         made = 0
         while True:
-            with self.engine.begin() as connection:
+            with self.reads.connect() as connection:
                 if self._newest == 0 and not has_dagster(connection):
                     return 0
                 newest = connection.execute(sa.select(sa.func.max(runs.c.id))).scalar() or 0
-                if newest == self._newest:
-                    return made
+            if newest == self._newest:
+                return made
+            with self.engine.begin() as connection:
                 absent = (
                     sa.select(
                         runs.c.id, runs.c.run_id, runs.c.pipeline_name, runs.c.create_timestamp, runs.c.run_body
@@ -424,15 +427,18 @@ class RunBook:
         wanted = _run_condition(RunFilter(only.dag_ids, only.run_ids) if only else RunFilter())
         done = 0
         while True:
-            with self.engine.begin() as connection:
-                query = (
-                    sa.select(dag_runs.c.id, dag_runs.c.dag_id, dag_runs.c.created_at, dag_runs.c.projected_event)
-                    .where(dag_runs.c.projected_final.is_(False), dag_runs.c.dag_id.in_(list(dags)), wanted)
-                    .order_by(dag_runs.c.id)
-                    .limit(_CHUNK)
-                    .offset(done)
-                )
+            query = (
+                sa.select(dag_runs.c.id, dag_runs.c.dag_id, dag_runs.c.created_at, dag_runs.c.projected_event)
+                .where(dag_runs.c.projected_final.is_(False), dag_runs.c.dag_id.in_(list(dags)), wanted)
+                .order_by(dag_runs.c.id)
+                .limit(_CHUNK)
+                .offset(done)
+            )
+            with self.reads.connect() as connection:
                 rows = connection.execute(query).mappings().all()
+            if not rows:
+                return done
+            with self.engine.begin() as connection:
                 final = _project(connection, rows, dags)
             if len(rows) < _CHUNK:
                 return done + len(rows)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,20 +32,17 @@ from dagster_postgres.run_storage import PostgresRunStorage
 from dagster_postgres.schedule_storage import PostgresScheduleStorage
 from dagster_postgres.utils import pg_url_from_config, retry_pg_connection_fn
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.exc import InvalidatePoolError
+
+from clinical_orchestration.platform.pooling import prove_idle_connections
 
 if TYPE_CHECKING:
     from dagster._core.storage.event_log import EventLogStorage
     from dagster._core.storage.runs import RunStorage
     from dagster._core.storage.schedules import ScheduleStorage
     from sqlalchemy.engine import Connection
-    from sqlalchemy.pool import ConnectionPoolEntry
 
 KEPT_CONNECTIONS = 2
 """Connections that a process keeps open; more are opened when threads need them, and closed after their use."""
-
-PROVEN_SECONDS = 1.0
-"""A connection that was idle for longer is asked whether it still lives before it is used."""
 
 _KEPT_SNAPSHOTS = 64
 _INSERT_EVENTS = SqlEventLogStorageTable.insert().returning(SqlEventLogStorageTable.c.id, sort_by_parameter_order=True)
@@ -71,25 +67,9 @@ def shared_engine(postgres_url: str) -> sa.Engine:
                 max_overflow=-1,  # a thread can need a second connection while it holds one: a limit could lock up
                 pool_use_lifo=True,
             )
-            sa.event.listen(engine, "connect", _used)
-            sa.event.listen(engine, "checkin", _used)
-            sa.event.listen(engine, "checkout", _prove)
+            prove_idle_connections(engine)
             _engines[postgres_url] = engine
     return engine
-
-
-def _used(_: Any, record: ConnectionPoolEntry) -> None:
-    record.info["used"] = time.monotonic()
-
-
-def _prove(connection: Any, record: ConnectionPoolEntry, _: Any) -> None:
-    if time.monotonic() - record.info.get("used", 0.0) < PROVEN_SECONDS:
-        return
-    try:
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT 1")
-    except Exception as error:  # whatever the driver raises: the pool opens another one
-        raise InvalidatePoolError from error
 
 
 def _after_fork() -> None:

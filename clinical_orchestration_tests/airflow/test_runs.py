@@ -71,9 +71,9 @@ def counted(control: Control) -> Iterator[list[str]]:
     def note(connection: object, cursor: object, statement: str, *_: object) -> None:
         seen.append(statement)
 
-    event.listen(control.runs.engine, "before_cursor_execute", note)
+    event.listen(control.runs.reads, "before_cursor_execute", note)
     yield seen
-    event.remove(control.runs.engine, "before_cursor_execute", note)
+    event.remove(control.runs.reads, "before_cursor_execute", note)
 
 
 def test_the_data_interval_of_a_manual_run_ends_at_the_tick_before_it(control: Control) -> None:

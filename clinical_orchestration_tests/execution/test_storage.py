@@ -29,6 +29,7 @@ from dagster import (
 from dagster._core.test_utils import instance_for_test
 
 from clinical_orchestration.execution import storage as pooled
+from clinical_orchestration.platform import pooling
 from clinical_orchestration_tests.databases import execute, temporary_database
 
 
@@ -248,7 +249,7 @@ def test_a_broken_connection_is_replaced_unseen(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
         "WHERE datname = current_database() AND pid <> pg_backend_pid()",
     )
-    monkeypatch.setattr(pooled, "PROVEN_SECONDS", 0.0)  # as if it had been idle
+    monkeypatch.setattr(pooling, "PROVEN_SECONDS", 0.0)  # as if it had been idle
     assert instance.get_runs_count() == 0
 
 
