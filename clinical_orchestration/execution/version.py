@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from clinical_orchestration.execution.protocol import Meeting, receive, send
+from clinical_orchestration.execution.sessions import kill_session
 from clinical_orchestration.execution.workers import Process, Worker
 
 if TYPE_CHECKING:
@@ -315,6 +316,8 @@ class Version:
         adopted = pid in self._adopted
         if not adopted:  # not yet waited for, so that nobody else can have its pid
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        if pid in self._runs or adopted:
+            kill_session(pid)  # steps are groups of their own
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
         status = None if adopted else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clinical_orchestration.settings import Variables
-from clinical_orchestration.stack import jars, java, paths, probes
+from clinical_orchestration.stack import jars, java, paths, probes, starting
 from clinical_orchestration.stack.model import StackError
 from clinical_orchestration.stack.ports import LOOPBACK
 from clinical_orchestration.stack.process import RunAs, launch_command, unprivileged_user
@@ -878,14 +878,17 @@ def _probe_http(port: str, path: str = "/health") -> Callable[[Context, float], 
 
 
 def prepare_dagster_home(settings: StackSettings) -> None:
-    """Write ``DAGSTER_HOME``: the checkout's ``dagster.yaml`` and a workspace that points to the code server."""
+    """Write ``DAGSTER_HOME``: the checkout's ``dagster.yaml`` and a workspace that points to the code server.
+
+    What the settings of :mod:`.starting` replace in it is replaced.
+    """
     home = settings.dagster_home
     home.mkdir(parents=True, exist_ok=True)
     source = checkout() / "dagster.yaml"
     target = home / "dagster.yaml"
     if not source.exists():
         raise StackError(f"{source} is missing", "Restore it from the repository.")
-    text = source.read_bytes()
+    text = starting.dagster_yaml(source.read_text(), settings.home).encode()
     if not target.exists() or target.read_bytes() != text:
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_bytes(text)
@@ -920,7 +923,34 @@ def _probe_code_server(context: Context, timeout: float) -> None:
 
 def _daemon_command(context: Context) -> list[str]:
     workspace = str(context.settings.dagster_home / "workspace.yaml")
-    return [sys.executable, "-m", "dagster._daemon", "run", "-w", workspace, "--log-level", "info"]
+    # the platform's own queue is emptied under a lock, which the daemon has to hold as well
+    program = ["clinical_orchestration.execution.coordinator"]
+    if not starting.own(starting.COORDINATOR):
+        program = ["dagster._daemon", "run"]
+    return [sys.executable, "-m", *program, "-w", workspace, "--log-level", "info"]
+
+
+def _launcher_off(settings: StackSettings) -> StackError | None:
+    if starting.own(starting.LAUNCHER):
+        return None
+    return StackError("the code server starts runs", f"Set {starting.LAUNCHER}=warm to start them warm.")
+
+
+def _launcher_command(context: Context) -> list[str]:
+    return [
+        *(sys.executable, "-m", "clinical_orchestration.execution.parent"),
+        *("--folder", str(starting.meeting_folder(context.settings.home))),
+        *("--module-name", "clinical_orchestration.definitions", "--location-name", "clinical_orchestration"),
+        *("--working-directory", str(checkout()), "--watch", str(checkout() / "clinical_orchestration")),
+    ]
+
+
+def _probe_launcher(context: Context, timeout: float) -> None:
+    from clinical_orchestration.execution.protocol import Meeting
+
+    answer = Meeting(starting.meeting_folder(context.settings.home)).ask({"ask": "ping"}, timeout)
+    if "pid" not in answer:
+        raise probes.ProbeError(f"the ping was answered by {answer}")
 
 
 HEARTBEAT_SECONDS = 75
@@ -1127,6 +1157,21 @@ def specs() -> tuple[ServiceSpec, ...]:
             hung_after=45.0,
             probe_timeout=3.0,
             ready_timeout=120.0,
+        ),
+        ServiceSpec(
+            "run_launcher",
+            "Run launcher (warm)",
+            5,
+            _probe_launcher,
+            needs=("postgres",),
+            command=_launcher_command,
+            prepare=_prepare_dagster,
+            off=_launcher_off,
+            needs_jars=True,
+            hung_after=60.0,
+            probe_timeout=3.0,
+            ready_timeout=120.0,
+            stop_timeout=20.0,  # runs are interrupted, and killed after 8 s
         ),
         ServiceSpec(
             "daemon",
