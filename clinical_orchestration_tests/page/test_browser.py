@@ -122,7 +122,7 @@ def signed_in(
         yield tab
 
 
-def expect_text(page: Page, selector: str, text: str) -> None:
+def expect_text(page: Page, selector: str, text: str | re.Pattern[str]) -> None:
     page.locator(selector).filter(has_text=text).wait_for(state="attached")
 
 

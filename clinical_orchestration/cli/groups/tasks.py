@@ -117,7 +117,9 @@ def _clear(args: argparse.Namespace) -> None:
             return
         lines = [f"{dag.dag_id} {run_id}: {', '.join(tasks)}" for run_id, tasks in found.items()]
         count = sum(len(tasks) for tasks in found.values())
-        if not agreed(args, "\n".join([f"You are about to delete these {count} tasks:", *lines])):
+        if args.yes:
+            say("\n".join(lines))
+        elif not agreed(args, "\n".join([f"You are about to delete these {count} tasks:", *lines])):
             say("Cancelled, nothing was cleared.")
             return
         for run in runs:
