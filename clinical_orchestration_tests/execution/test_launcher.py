@@ -152,7 +152,7 @@ def test_a_killed_spare_is_replaced(parent: World) -> None:
 
 def test_runs_live_on_when_the_parent_is_killed(parent: World, tmp_path: Path) -> None:
     lives, dies = tmp_path / "lives", tmp_path / "dies"
-    living = parent.launch("waiting", {"wait": {"config": {"seconds": 8.0, "mark": str(lives)}}})
+    living = parent.launch("waiting", {"wait": {"config": {"seconds": 15.0, "mark": str(lives)}}})
     dying = parent.launch("waiting", {"wait": {"config": {"seconds": 60.0, "mark": str(dies)}}})
     cancelled = parent.launch("waiting", {"wait": {"config": {"seconds": 60.0, "mark": str(tmp_path / "mark")}}})
     wait_for(lambda: lives.exists() and dies.exists() and (tmp_path / "mark").exists(), 20)
@@ -169,7 +169,7 @@ def test_runs_live_on_when_the_parent_is_killed(parent: World, tmp_path: Path) -
 
 def test_a_killed_version_is_replaced_and_its_runs_adopted(parent: World, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
-    run_id = parent.launch("waiting", {"wait": {"config": {"seconds": 6.0, "mark": str(mark)}}})
+    run_id = parent.launch("waiting", {"wait": {"config": {"seconds": 60.0, "mark": str(mark)}}})
     wait_for(mark.exists, 20)
     pid = (parent.ping() or {})["pid"]
     os.kill(pid, signal.SIGKILL)
