@@ -49,10 +49,6 @@ WHERE = "run/streaming.json and logs/streaming.log in the home of the stack"
 BACK_OFF = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 """Seconds before the first, second ... new start of a query that failed; the last holds for all further ones."""
 
-ONCE_TRIES = 3
-"""Queries begun with `once`. After a kill the first one repeats a micro-batch; Spark 4.1 may fail once that is done,
-because it does not know the newest offsets yet (``KafkaMicroBatchStream.metrics``)."""
-
 WATCH_SECONDS = 0.5
 TOPICS_SECONDS = 60.0
 """How often new topics are looked for."""
@@ -161,7 +157,7 @@ class StreamingJob:
     def run(self) -> int:
         """Work until :attr:`stopping` is set, or, with `once`, until all is done; return the exit status.
 
-        A query that fails is started anew, ever more slowly; with `once`, the third that fails is the end.
+        A query that fails is started anew, ever more slowly; with `once` it is the end.
         """
         failures = 0
         try:
@@ -170,11 +166,10 @@ class StreamingJob:
                 try:
                     self._stream()
                     if self._once:
-                        self.progress.last_error = None  # of a try before
                         break
                 except Exception as error:  # of Spark, Kafka, the lake: all of them come back
                     self._failed(error)
-                    if self._once and failures + 1 >= ONCE_TRIES:
+                    if self._once:
                         return 1
                     failures = 0 if time.monotonic() - began > 300 else failures
                     self._pause(BACK_OFF[min(failures, len(BACK_OFF) - 1)])

@@ -272,25 +272,6 @@ def test_without_spark_the_job_says_so_and_goes_on_trying(tmp_path: Path, monkey
     assert once.run() == 1
 
 
-@pytest.mark.parametrize(("failures", "status"), [(0, 0), (2, 0), (3, 1)])
-def test_once_begins_a_failed_query_again_but_not_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, status: int
-) -> None:
-    monkeypatch.setattr(streaming, "BACK_OFF", (0.0,))
-    made = job(tmp_path, once=True)
-    tries: list[int] = []
-
-    def stream() -> None:
-        tries.append(1)
-        if len(tries) <= failures:
-            raise streaming.StreamFailedError("NullPointerException")
-
-    monkeypatch.setattr(made, "_stream", stream)
-    assert made.run() == status
-    assert len(tries) == min(failures + 1, 3)
-    assert (made.report()["last_error"] is None) == (status == 0)
-
-
 def test_security_options_of_the_client_are_given_to_spark_too() -> None:
     assert streaming.java_options({}) == {}
     given = {
