@@ -117,8 +117,10 @@ class UserRoutes:
         try:
             return _show_role(self._store.create_role(name, permissions or ()))
         except TakenError:
-            # as Airflow's server, though its document has no 409 for this operation
-            raise conflict(f"Role with name {name!r} already exists; please update with the PATCH endpoint") from None
+            # Airflow's document has no 409 for this operation, and clients are made from it
+            raise bad_request(
+                f"Role with name {name!r} already exists; please update with the PATCH endpoint"
+            ) from None
 
     def patch_role(self, call: Call) -> dict[str, Any]:
         """``PATCH /roles/{role_name}``; Airflow's own roles stay as they are."""

@@ -42,8 +42,9 @@ from dagster._core.execution.step_dependency_config import StepDependencyConfig,
 from dagster._core.execution.tags import get_tag_concurrency_limits_config
 from dagster._core.executor.base import Executor
 from dagster._core.system_config.objects import ResolvedRunConfig
-from dagster._utils.error import SerializableErrorInfo, serializable_error_info_from_exc_info
+from dagster._utils.error import serializable_error_info_from_exc_info
 from dagster._utils.interrupts import capture_interrupts, pop_captured_interrupt
+from dagster_shared.error import SerializableErrorInfo
 
 from clinical_orchestration.execution.compute_logs import DirectComputeLogManager
 from clinical_orchestration.execution.relay import Frame, GroupedEvents, Inbox, RelayedEvents

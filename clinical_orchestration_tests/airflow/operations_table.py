@@ -16,7 +16,7 @@ NOTES = {
     "get_upstream_dataset_events": "No run is started by a dataset: the list is empty.",
     "delete_dag": "Deletes the runs; the DAG is there again while its code is, as in Airflow.",
     "get_plugins": "There are none.",
-    "post_role": "A name that is taken is 409, as in Airflow, whose document does not say so.",
+    "post_role": "A name that is taken is 400, as in Airflow's document; its server answers 409.",
 }
 _QUEUED = "No DAG waits for a dataset, so nothing is queued: Airflow's 404."
 _MAPPED = "`-1` is the only index."

@@ -412,7 +412,7 @@ MISTAKES: list[tuple[str, str, Any, int, str | None]] = [
     ("GET", "users/%00", None, 400, "NUL"),
     ("GET", "users?order_by=password", None, 400, "Ordering with 'password' is disallowed"),
     ("GET", "users?limit=-1", None, 400, None),
-    ("POST", "roles", {"name": "Viewer", "actions": []}, 409, "already exists"),
+    ("POST", "roles", {"name": "Viewer", "actions": []}, 400, "already exists"),
     ("POST", "roles", {"actions": []}, 400, "Missing data"),
     ("POST", "roles", {"name": "R", "actions": [{"action": {"name": "can_fly"}, "resource": {"name": "DAGs"}}]},
      400, "The specified action: 'can_fly' was not found"),

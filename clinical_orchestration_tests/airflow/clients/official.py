@@ -435,7 +435,7 @@ def people(drive: Drive) -> None:
     action, resource = Action._from_openapi_data(name="can_read"), Resource._from_openapi_data(name="DAGs")
     reader = Role(name="Reader", actions=[ActionResource(action=action, resource=resource)])
     drive.check(drive.ok("post_role", role=reader).name == "Reader", "new role")
-    drive.refused("post_role", 409, role=reader, says="already exists")
+    drive.refused("post_role", 400, role=reader, says="already exists")
     drive.ok("patch_role", role_name="Reader", role=reader)
     drive.refused("patch_role", 404, role_name="none", role=reader)
 
