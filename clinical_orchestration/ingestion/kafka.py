@@ -281,7 +281,8 @@ def append_messages(
     """Append messages of one topic that another consumer read, such as a micro-batch of Spark.
 
     The offsets in Delta decide, not the consumer's: messages that are in bronze are left out, and where the consumer
-    began behind the recorded offset, what is between is read from the topic first. So this and :func:`ingest_topics`
+    began behind the recorded offset, or left out offsets on its way, what is there is read from the topic first: most
+    often the markers of transactions, but a consumer may pass over records too. So this and :func:`ingest_topics`
     may take turns, or work at the same time.
 
     Args:
@@ -289,7 +290,7 @@ def append_messages(
         reader: the topics, for their bounds and identity and for what the consumer skipped.
         domain: bronze domain of the topic.
         topic: the topic.
-        messages: committed messages; of each partition all that the log has between the first and the last.
+        messages: committed messages of the topic.
         default_trial: trial of messages without a ``trial`` header.
         now: UTC time of ingestion; default the time of each commit.
         max_batch_rows: most rows in one commit of what the consumer skipped.
@@ -303,6 +304,7 @@ def append_messages(
     for message in sorted(messages, key=lambda item: (item.partition, item.offset)):
         received.setdefault(message.partition, []).append(message)
     ends = {partition: own[-1].offset + 1 for partition, own in received.items()}
+    unbroken = {partition: _unbroken_since(own) for partition, own in received.items()}
     kept = {partition: bounds for partition, bounds in reader.offsets(topic).items() if partition in received}
     identity = identity_version(reader.topic_id(topic))
     report = TopicIngestReport({domain: result})
@@ -320,12 +322,12 @@ def append_messages(
         if not wanted:
             return result
         skipped = {
-            partition: OffsetRange(ranges[partition].begin, received[partition][0].offset)
+            partition: OffsetRange(ranges[partition].begin, unbroken[partition])
             for partition in wanted
-            if ranges[partition].begin < received[partition][0].offset
+            if ranges[partition].begin < unbroken[partition]
         }
         try:
-            if skipped:  # the markers of transactions, or what another consumer's progress passed over
+            if skipped:  # the markers of transactions, or what the other consumer passed over
                 _append(tables, reader, result, skipped, committed, identity if known is None else None, default_trial,
                         now, max_batch_rows)  # fmt: skip
                 committed |= {partition: bounds.end for partition, bounds in skipped.items()}
@@ -335,7 +337,7 @@ def append_messages(
                     item
                     for partition in wanted
                     for item in received[partition]
-                    if item.offset >= ranges[partition].begin
+                    if item.offset >= max(ranges[partition].begin, unbroken[partition])
                 ],
                 default_trial,
                 now or datetime.now(UTC),
@@ -355,6 +357,16 @@ def append_messages(
         except OffsetOutOfRangeError:  # retention removed it meanwhile: the next look says so
             kept = {partition: bounds for partition, bounds in reader.offsets(topic).items() if partition in received}
     raise TransactionMovedError(f"other ingesters of topic {topic} moved its positions {_RACES} times; try again later")
+
+
+def _unbroken_since(messages: Sequence[Message]) -> int:
+    """Return the offset from which on the messages of a partition, in their order, have no gap."""
+    since = messages[-1].offset
+    for message in reversed(messages[:-1]):
+        if message.offset != since - 1:
+            break
+        since = message.offset
+    return since
 
 
 def _made_again(topic: str, domain: str) -> str:

@@ -82,6 +82,16 @@ def test_what_the_pipeline_took_in_is_left_out_and_what_the_query_skipped_is_rea
     assert payloads(tables) == list(range(30))
 
 
+@pytest.mark.parametrize("left_out", [range(1, 2), range(2, 6), range(1, 9)])
+def test_what_a_query_leaves_out_on_its_way_is_read(kafka: FakeKafka, left_out: range) -> None:
+    tables = InMemoryTableStore()
+    send(kafka, 40)
+    batch = [message for message in read(kafka, {}) if message.offset not in left_out]
+    append(tables, kafka, batch)
+    assert payloads(tables) == list(range(40))
+    assert append(tables, kafka, batch).rows == 0
+
+
 def test_lost_messages_and_topics_made_anew_are_errors(kafka: FakeKafka) -> None:
     tables = InMemoryTableStore()
     send(kafka, 30)
@@ -270,6 +280,25 @@ def test_without_spark_the_job_says_so_and_goes_on_trying(tmp_path: Path, monkey
     once = job(tmp_path, once=True)
     once._reader = lambda: kafka
     assert once.run() == 1
+
+
+@pytest.mark.parametrize(("failures", "status"), [(0, 0), (2, 0), (3, 1)])
+def test_once_begins_a_failed_query_again_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, status: int
+) -> None:
+    monkeypatch.setattr(streaming, "BACK_OFF", (0.0,))
+    made = job(tmp_path, once=True)
+    tries: list[int] = []
+
+    def stream() -> None:
+        tries.append(1)
+        if len(tries) <= failures:
+            raise streaming.StreamFailedError("NullPointerException")
+
+    monkeypatch.setattr(made, "_stream", stream)
+    assert made.run() == status
+    assert len(tries) == min(failures + 1, 3)
+    assert (made.report()["last_error"] is None) == (status == 0)
 
 
 def test_security_options_of_the_client_are_given_to_spark_too() -> None:
