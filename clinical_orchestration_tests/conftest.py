@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +39,24 @@ ADDRESSES = {
     "CLINICAL_ADMIN_PASSWORD": "",
     "CLINICAL_SERVICE_TOKEN": "",
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Give root's tests a folder of their own.
+
+    Pytest closes the folder that all of root's test runs share to everybody else whenever another run begins, and a
+    PostgreSQL that works there as another user would lose its files.
+    """
+    if os.geteuid() == 0 and config.option.basetemp is None:
+        config.option.basetemp = config._own_basetemp = tempfile.mkdtemp(prefix="clinical-tests-")  # type: ignore[attr-defined]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Remove the folder, unless somebody has to look at it."""
+    own = getattr(session.config, "_own_basetemp", None)
+    if own is not None and exitstatus == 0:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
