@@ -338,7 +338,7 @@ def test_a_process_with_foreign_threads_is_not_forked(monkeypatch: pytest.Monkey
         "print(why_not_fork())\n"
         "import os; os._exit(0)\n"
     )
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    found = subprocess.run([sys.executable, "-u", "-c", script], capture_output=True, text=True, timeout=60, check=True)
 
     assert found.stdout.splitlines() == [
         "None",
