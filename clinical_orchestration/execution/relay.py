@@ -12,6 +12,7 @@ import pickle
 import socket
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,7 +42,7 @@ class Frame(NamedTuple):
     error: SerializableErrorInfo | None = None
 
 
-class _Forwarding:
+class _Forwarding(ABC):
     """An event log storage whose events somebody else stores; for everything else that must have happened."""
 
     def __init__(self, stored: EventLogStorage) -> None:
@@ -53,9 +54,9 @@ class _Forwarding:
             self.everything_is_stored()
         return value
 
+    @abstractmethod
     def everything_is_stored(self) -> None:
         """Return when all events so far are in the database."""
-        raise NotImplementedError
 
 
 class GroupedEvents(_Forwarding):

@@ -14,9 +14,9 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket
 
-from clinical_orchestration.audit.trail import AuditEntry, AuditError
 from clinical_orchestration.page.auditing import AuditedUi, Mutation, mutations
 from clinical_orchestration.users.identity import Identity
+from clinical_orchestration_tests.audit.memory import TrailInMemory
 
 LAUNCH = """mutation Launch($p: ExecutionParams!) {
   launchRun(executionParams: $p) { __typename ... on LaunchRunSuccess { run { runId } } } }"""
@@ -27,18 +27,6 @@ PARAMS = {
 }
 
 
-class Trail:
-    def __init__(self) -> None:
-        self.entries: list[AuditEntry] = []
-        self.broken = False
-
-    def record(self, entry: AuditEntry) -> int:
-        if self.broken:
-            raise AuditError("no database")
-        self.entries.append(entry)
-        return len(self.entries)
-
-
 class Ui:
     """Stands for the Dagster UI: keeps what it was asked and answers what it is told to."""
 
@@ -47,7 +35,7 @@ class Ui:
         self.answer: Any = {"data": SUCCESS}
         self.status = 200
         self.recorded_before: list[int] = []
-        self.trail = Trail()
+        self.trail = TrailInMemory()
         routes = [
             Route("/dagster/graphql", self.graphql, methods=["GET", "POST"]),
             Route("/dagster/report_asset_materialization/{path:path}", self.graphql, methods=["POST"]),

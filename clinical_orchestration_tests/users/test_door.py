@@ -34,6 +34,7 @@ from clinical_orchestration.platform.store import PlatformStore
 from clinical_orchestration.users.first_user import DEFAULT_PASSWORD
 from clinical_orchestration.users.proof import LOOK_SECONDS
 from clinical_orchestration.users.store import UserStore
+from clinical_orchestration_tests.audit.memory import TrailInMemory
 from clinical_orchestration_tests.users.conftest import Clock
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("quick_hashes")]
@@ -292,7 +293,6 @@ def test_logins_are_recorded_and_what_was_typed_is_not(world: World, caplog: pyt
 
 
 def test_a_login_that_cannot_be_recorded_fails(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clinical_orchestration.audit.trail import AuditError
 
     def broken(*_: object) -> int:
         raise AuditError("full")
@@ -529,18 +529,8 @@ def test_only_a_session_changes_things_as_the_page(world: World) -> None:
     assert origins == [("a", "page"), ("b", "api"), ("c", "api")]
 
 
-class Rows:
-    """A trail in memory, which may be out of order."""
-
-    def __init__(self) -> None:
-        self.entries: list[AuditEntry] = []
-        self.broken = False
-
-    def record(self, entry: AuditEntry) -> int:
-        if self.broken:
-            raise AuditError("no database")
-        self.entries.append(entry)
-        return len(self.entries)
+class Rows(TrailInMemory):
+    """A trail in memory, whose rows come from other threads."""
 
     def wait(self, count: int) -> list[AuditEntry]:
         end = time.monotonic() + 10
