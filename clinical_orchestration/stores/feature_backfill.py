@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as clock_time
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from clinical_orchestration.features.changes import (
@@ -101,6 +102,9 @@ class Days:
         )
 
 
+_RANGE = ("start_date", "end_date")
+
+
 def days_of_conf(conf: Mapping[str, Any]) -> tuple[date | None, date | None]:
     """Return the first and last day that the conf of a backfill asks for; None for what it leaves open.
 
@@ -108,9 +112,13 @@ def days_of_conf(conf: Mapping[str, Any]) -> tuple[date | None, date | None]:
         conf: ``start_date`` and ``end_date``: ISO 8601 days, both included; of a date with a time the UTC day counts.
 
     Raises:
-        ValueError: a value is no date, or the range ends before it begins; the message says which.
+        ValueError: a value is no date, the range ends before it begins, or a key is nearly one of the two (it would
+            leave the range open, and the whole trial would be computed); the message says which.
     """
-    first, last = (_day(name, conf.get(name)) for name in ("start_date", "end_date"))
+    for key in conf.keys() - _RANGE:
+        if meant := get_close_matches(key.lower(), _RANGE, n=1, cutoff=0.5):
+            raise ValueError(f"{key!r} is not known; write {meant[0]}")
+    first, last = (_day(name, conf.get(name)) for name in _RANGE)
     if first is not None and last is not None and last < first:
         raise ValueError(f"end_date {last} is before start_date {first}")
     return first, last

@@ -190,6 +190,7 @@ def test_conf_gives_days_in_utc() -> None:
     conf = {"start_date": "2013-01-01T23:30:00-05:00", "end_date": "2013-12-31"}
     assert days_of_conf(conf) == (date(2013, 1, 2), date(2013, 12, 31))
     assert days_of_conf({}) == (None, None)
+    assert days_of_conf({"trial": "simulated", "reason": "new unit", "param1": "value1"}) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +199,14 @@ def test_conf_gives_days_in_utc() -> None:
 def test_a_wrong_conf_is_refused(conf: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="_date"):
         days_of_conf(conf)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"), [("startDate", "start_date"), ("start", "start_date"), ("end-date", "end_date")]
+)
+def test_a_misspelt_range_does_not_stand_for_the_whole_trial(key: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"'{key}' is not known; write {meant}"):
+        days_of_conf({key: "2013-01-01"})
 
 
 def test_a_request_is_the_same_only_for_the_same_rows() -> None:
