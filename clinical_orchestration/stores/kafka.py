@@ -532,7 +532,9 @@ class ConfluentTopicReader:
                     error = item.error()
                     if error is not None:
                         if error.code() == KafkaError._PARTITION_EOF:
-                            positions[partition] = max(positions.get(partition, 0), item.offset())
+                            # of a partition that was read to its end already, it is the end of what came since
+                            if partition in pending:
+                                positions[partition] = max(positions[partition], item.offset())
                         elif error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
                             raise OffsetOutOfRangeError(f"topic {topic}, partition {partition}: {error.str()}")
                         elif error.fatal() or not (error.retriable() or error.code() in _unavailable_codes()):

@@ -6,9 +6,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from confluent_kafka import KafkaError
 
 from clinical_orchestration.stores.kafka import (
     ConfluentProducer,
@@ -120,8 +122,53 @@ def test_reading_stops_at_the_given_ends(clients: Clients) -> None:
     clients.fill(30)
     ranges = clients.reader.offsets(clients.topic)
     clients.fill(30)
-    messages = [m for b in clients.reader.read(clients.topic, ranges, max_messages=1000) for m in b.messages]
-    assert len(messages) == 30
+    batches = list(clients.reader.read(clients.topic, ranges, max_messages=1000))
+    assert sum(len(batch.messages) for batch in batches) == 30
+    assert batches[-1].positions == {partition: bounds.end for partition, bounds in ranges.items()}
+
+
+class ScriptedConsumer:
+    """Gives what librdkafka gives where a partition has grown since its end was asked for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.events: list[tuple[int, int, KafkaError | None]] = [
+            *((0, offset, None) for offset in range(5)),
+            (0, 5, KafkaError(KafkaError._PARTITION_EOF)),
+            *((1, offset, None) for offset in range(2)),
+            (1, 4, KafkaError(KafkaError._PARTITION_EOF)),  # behind the markers of a transaction
+        ]
+
+    def consume(self, most: int, timeout: float) -> list[Any]:
+        given, self.events = self.events[:most], self.events[most:]
+        return [
+            SimpleNamespace(
+                partition=lambda number=number: number,
+                offset=lambda offset=offset: offset,
+                error=lambda error=error: error,
+                timestamp=lambda: (1, 0),
+                headers=list,
+                key=lambda: None,
+                value=lambda: b"v",
+            )
+            for number, offset, error in given
+        ]
+
+    def assign(self, _: object) -> None: ...
+
+    def incremental_unassign(self, _: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 1000])
+def test_positions_stay_at_the_given_ends_where_the_topic_grows(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr("confluent_kafka.Consumer", ScriptedConsumer)
+    ranges = {0: OffsetRange(0, 3), 1: OffsetRange(0, 4), 2: OffsetRange(7, 7)}
+    batches = list(ConfluentTopicReader("127.0.0.1:1").read("any", ranges, max_messages=most))
+    read = [(message.partition, message.offset) for batch in batches for message in batch.messages]
+    assert read == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert all(batch.positions[0] <= 3 for batch in batches)
+    assert batches[-1].positions == {0: 3, 1: 4, 2: 7}
 
 
 def test_an_empty_topic_gives_nothing(clients: Clients) -> None:
