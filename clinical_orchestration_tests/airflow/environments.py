@@ -32,16 +32,23 @@ def cache_folder() -> Path:
     return Path(base) / "clinical-orchestration" / "test-tools"
 
 
+def find_uv() -> str | None:
+    """Return the uv on PATH, or the one that the set-up installed."""
+    return shutil.which("uv") or shutil.which("uv", path=str(_ROOT / ".venv" / ".tools" / "bin"))
+
+
 def environment(*requirements: str) -> Path:
-    """Return the Python of an environment that has these packages; skip the test where they cannot be had."""
+    """Return the Python of an environment that has these packages; skip the test where they cannot be had.
+
+    Options of `uv pip install` and of `pip install` may follow the packages.
+    """
     name = requirements[0].partition("=")[0] + "-" + hashlib.sha256("\n".join(requirements).encode()).hexdigest()[:12]
     folder = cache_folder() / name
     python = folder / "bin" / "python"
     with _locked(name):
         if not (folder / "complete").is_file():
             shutil.rmtree(folder, ignore_errors=True)
-            uv = shutil.which("uv") or shutil.which("uv", path=str(_ROOT / ".venv" / ".tools" / "bin"))
-            if uv:
+            if uv := find_uv():
                 _run(uv, "venv", "--quiet", "--python", sys.executable, str(folder))
                 _run(uv, "pip", "install", "--quiet", "--python", str(python), *requirements)
             else:
