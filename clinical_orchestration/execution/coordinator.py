@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from dagster._core.run_coordinator import queued_run_coordinator
 from dagster._core.storage.dagster_run import DagsterRunStatus, RunsFilter
 from dagster._core.storage.runs.sql_run_storage import SqlRunStorage
 from dagster._daemon.run_coordinator.queued_run_coordinator_daemon import QueuedRunCoordinatorDaemon
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
@@ -51,8 +52,27 @@ MOST = 16
 _LOCK_NOT_AVAILABLE = "55P03"
 
 
+class Turn:
+    """Whether the lock of the queue is held: asked of the database each time, which may have ended the connection."""
+
+    def __init__(self, connection: sa.Connection | None) -> None:
+        self._connection = connection
+        self._asking = threading.Lock()
+
+    def __bool__(self) -> bool:
+        if self._connection is None:
+            return False
+        with self._asking:
+            try:
+                self._connection.execute(sa.text("SELECT 1"))
+            except DBAPIError:
+                logger.warning("the connection that held the lock of the run queue was ended")
+                self._connection = None
+        return self._connection is not None
+
+
 @contextlib.contextmanager
-def queue_lock(instance: DagsterInstance, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
+def queue_lock(instance: DagsterInstance, seconds: float = LOCK_SECONDS) -> Iterator[Turn]:
     """Hold the lock of the queue.
 
     Args:
@@ -65,12 +85,14 @@ def queue_lock(instance: DagsterInstance, seconds: float = LOCK_SECONDS) -> Iter
     storage = instance.run_storage
     engine: Any = getattr(storage, "_engine", None)
     if not isinstance(storage, SqlRunStorage) or engine is None or engine.dialect.name != "postgresql":
-        yield False
+        yield Turn(None)
         return
     with storage.connect() as plain:
         # of a transaction: it ends with the connection's use, whatever happens
         connection = plain.execution_options(isolation_level="READ COMMITTED")
-        with connection.begin() as transaction:
+        transaction = connection.begin()
+        try:
+            held = True
             try:
                 connection.execute(sa.text(f"SET LOCAL lock_timeout = {int(seconds * 1000)}"))
                 connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
@@ -78,10 +100,10 @@ def queue_lock(instance: DagsterInstance, seconds: float = LOCK_SECONDS) -> Iter
                 if getattr(error.orig, "pgcode", None) != _LOCK_NOT_AVAILABLE:
                     raise
                 held = False
+            yield Turn(connection if held else None)
+        finally:
+            with contextlib.suppress(DBAPIError):  # the lock goes with the connection, too
                 transaction.rollback()
-            else:
-                held = True
-            yield held
 
 
 class QueuedRunCoordinator(queued_run_coordinator.QueuedRunCoordinator["DagsterInstance"]):
@@ -105,10 +127,10 @@ class QueuedRunCoordinator(queued_run_coordinator.QueuedRunCoordinator["DagsterI
 
     def _launch_up_to(self, run_id: str, workspace: BaseWorkspaceRequestContext) -> None:
         instance: DagsterInstance = self._instance
-        queue = QueuedRunCoordinatorDaemon(interval_seconds=self.dequeue_interval_seconds)
+        queue = LockedQueueDaemon(interval_seconds=self.dequeue_interval_seconds)
         queue._logger = logger  # the daemon's would say so for every run
-        with queue_lock(instance) as mine:
-            if not mine:
+        with queue_lock(instance) as queue.turn:
+            if not queue.turn:
                 return
             concurrency = instance.get_concurrency_config()
             turns = queue._get_runs_to_dequeue(instance, concurrency, fixed_iteration_time=None)
@@ -120,6 +142,8 @@ class QueuedRunCoordinator(queued_run_coordinator.QueuedRunCoordinator["DagsterI
 class LockedQueueDaemon(QueuedRunCoordinatorDaemon):
     """Dagster's part of the daemon that empties the queue, with the lock held."""
 
+    turn = Turn(None)
+
     def run_iteration(
         self, workspace_process_context: IWorkspaceProcessContext[Any], fixed_iteration_time: float | None = None
     ) -> DaemonIterator:
@@ -127,9 +151,13 @@ class LockedQueueDaemon(QueuedRunCoordinatorDaemon):
         instance = workspace_process_context.instance
         if not instance.get_run_ids(filters=RunsFilter(statuses=[DagsterRunStatus.QUEUED]), limit=1):
             return
-        with queue_lock(instance) as mine:
-            if mine:
+        with queue_lock(instance) as self.turn:
+            if self.turn:
                 yield from super().run_iteration(workspace_process_context, fixed_iteration_time)
+
+    def _dequeue_run(self, *arguments: Any, **named: Any) -> bool:
+        """Launch a run, unless the lock was lost: somebody else has counted anew then."""
+        return bool(self.turn) and super()._dequeue_run(*arguments, **named)
 
 
 def create_daemons(instance: DagsterInstance) -> Sequence[DagsterDaemon[Any]]:

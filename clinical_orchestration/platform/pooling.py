@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +30,19 @@ def _used(_: Any, record: ConnectionPoolEntry) -> None:
     record.info["used"] = time.monotonic()
 
 
+def _was_sent_something(connection: Any) -> bool:
+    """Return whether the server said something unasked, most likely farewell. It is the kernel that is asked."""
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def _prove(connection: Any, record: ConnectionPoolEntry, _: Any) -> None:
     from sqlalchemy.exc import InvalidatePoolError
 
-    if time.monotonic() - record.info.get("used", 0.0) < PROVEN_SECONDS:
-        return
     try:
+        if time.monotonic() - record.info.get("used", 0.0) < PROVEN_SECONDS and not _was_sent_something(connection):
+            return
         with connection.cursor() as cursor:
             cursor.execute("SELECT 1")
         if not connection.autocommit:

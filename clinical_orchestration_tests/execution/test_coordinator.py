@@ -24,7 +24,7 @@ from dagster._serdes import ConfigurableClass
 
 from clinical_orchestration.execution import coordinator
 from clinical_orchestration.execution.coordinator import LockedQueueDaemon, create_daemons, queue_lock
-from clinical_orchestration_tests.databases import new_database
+from clinical_orchestration_tests.databases import execute, new_database
 
 HERE = "clinical_orchestration_tests.execution.test_coordinator"
 ORIGIN = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("here"), "repository").get_job_origin("job")
@@ -216,6 +216,29 @@ def test_while_another_holds_the_lock_a_run_waits_for_the_daemon(
             assert launched == []
         _daemon(instance)
         assert len(launched) == 1
+
+
+def test_who_has_lost_the_lock_launches_no_more(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else may have taken it, and counted anew."""
+
+    def launch(run_id: str) -> None:
+        launched.append(run_id)
+        execute(
+            database,
+            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+        )
+
+    with _instance(database, tmp_path) as instance:
+        for _ in range(3):
+            _enqueue(instance, _run(instance))
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{HERE}.launching", launch)
+            _daemon(instance)
+        assert len(launched) == 1
+        _daemon(instance)
+        assert len(launched) == 3
+        assert max(Counter(launched).values()) == 1
 
 
 def test_many_submit_at_once(database: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -238,8 +239,9 @@ def _dagster_events(instance: DagsterInstance, run_id: str) -> list[Any]:
     return [log.dagster_event for log in instance.all_logs(run_id) if log.dagster_event]
 
 
+@pytest.mark.parametrize("proven_seconds", [0.0, 60.0])  # as if it had been idle; as if it was used just now
 def test_a_broken_connection_is_replaced_unseen(
-    instances: dict[str, DagsterInstance], database: str, monkeypatch: pytest.MonkeyPatch
+    instances: dict[str, DagsterInstance], database: str, monkeypatch: pytest.MonkeyPatch, proven_seconds: float
 ) -> None:
     instance = instances["pooled"]
     assert instance.get_runs_count() == 0
@@ -249,7 +251,8 @@ def test_a_broken_connection_is_replaced_unseen(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
         "WHERE datname = current_database() AND pid <> pg_backend_pid()",
     )
-    monkeypatch.setattr(pooling, "PROVEN_SECONDS", 0.0)  # as if it had been idle
+    time.sleep(0.1)  # the server says farewell
+    monkeypatch.setattr(pooling, "PROVEN_SECONDS", proven_seconds)
     assert instance.get_runs_count() == 0
 
 
