@@ -9,6 +9,12 @@ from clinical_orchestration.contract import POOLS
 if TYPE_CHECKING:
     from dagster import DagsterInstance
 
+DAEMON_HEARTBEAT_SECONDS = 100.0
+"""Age (s) at which the latest heartbeat of Dagster's scheduler means that it hangs.
+
+It wakes up each minute, and then leaves the heartbeat out if its last one is younger than 30 s: that makes 90 s.
+"""
+
 
 def ensure_pools(instance: DagsterInstance) -> dict[str, int]:
     """Give each pool of the contract its slots, unless somebody has set a limit already.

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from clinical_orchestration.instance import DAEMON_HEARTBEAT_SECONDS
 from clinical_orchestration.page.bounded import Bounded
 from clinical_orchestration.page.stack_state import Service
 
 LIMIT_SECONDS = 2.5
-# the scheduler loop sleeps until the next minute and writes its heartbeat when it wakes up
-HEARTBEAT_TOLERANCE_SECONDS = 90.0
 DAEMON_SERVICES = ("daemon", "dagster_daemon", "dagster-daemon")
 
 _logger = logging.getLogger("clinical_orchestration.page")
@@ -70,7 +69,7 @@ def daemon_is_healthy(heartbeat: float | None, now: float, process: Service | No
 
     A heartbeat of an earlier process of the same daemon proves nothing about the present one.
     """
-    if heartbeat is None or now - heartbeat > HEARTBEAT_TOLERANCE_SECONDS:
+    if heartbeat is None or now - heartbeat > DAEMON_HEARTBEAT_SECONDS:
         return False
     if process is None:
         return True

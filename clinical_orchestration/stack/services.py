@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clinical_orchestration.instance import DAEMON_HEARTBEAT_SECONDS
 from clinical_orchestration.settings import Variables
 from clinical_orchestration.stack import jars, java, paths, probes, starting
 from clinical_orchestration.stack.model import StackError
@@ -953,10 +954,6 @@ def _probe_launcher(context: Context, timeout: float) -> None:
         raise probes.ProbeError(f"the ping was answered by {answer}")
 
 
-HEARTBEAT_SECONDS = 75
-"""The daemon writes a heartbeat every 30 seconds; one this old means that it hangs."""
-
-
 def _probe_daemon(context: Context, timeout: float) -> None:
     """Look at the heartbeats that the daemon's threads write into PostgreSQL, each of this very process' time."""
     password = context.settings.secrets().postgres_password.get_secret_value()
@@ -977,7 +974,7 @@ def _probe_daemon(context: Context, timeout: float) -> None:
         with contextlib.suppress(psutil.Error):
             oldest = time.time() - psutil.Process(context.pid).create_time()
     ages = {name: float(age) for name, age in json.loads(str(answer or "[]"))}
-    fresh = [name for name, age in ages.items() if age <= min(HEARTBEAT_SECONDS, oldest + 1)]
+    fresh = [name for name, age in ages.items() if age <= min(DAEMON_HEARTBEAT_SECONDS, oldest + 1)]
     if "SCHEDULER" not in fresh:
         raise probes.ProbeError(
             f"the scheduler's last heartbeat is {ages['SCHEDULER']:.0f} s old"

@@ -28,6 +28,7 @@ RESTARTED = Service("daemon", "Dagster daemon", 5, "starting", pid=os.getpid(), 
     [
         (NOW - 30, None, True),
         (NOW - 30, ALIVE, True),
+        (NOW - 89, ALIVE, True),  # it beat 29 s before it woke up, and sleeps for a minute again
         (NOW - 30, DEAD, False),  # within seconds, long before the heartbeat gets old
         (NOW - 30, RESTARTED, False),  # the heartbeat is the earlier process's
         (NOW - 1, RESTARTED, True),

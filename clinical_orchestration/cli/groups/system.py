@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from clinical_orchestration.cli import deployment
 from clinical_orchestration.cli.command import OUTPUT, VERBOSE, Arg, Command, CommandError, Group
 from clinical_orchestration.cli.output import say, show
+from clinical_orchestration.instance import DAEMON_HEARTBEAT_SECONDS
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
@@ -42,13 +43,11 @@ def _migrations(args: argparse.Namespace) -> None:
 
 def beats(instance: DagsterInstance) -> dict[str, bool]:
     """Return for each kind of Airflow's jobs whether the daemon that does its work has given a sign of life lately."""
-    from dagster._daemon.controller import DEFAULT_DAEMON_HEARTBEAT_TOLERANCE_SECONDS
-
     latest = {
         status.daemon_type: status.last_heartbeat.timestamp if status.last_heartbeat else 0.0
         for status in (instance.get_daemon_statuses() or {}).values()
     }
-    oldest = time.time() - DEFAULT_DAEMON_HEARTBEAT_TOLERANCE_SECONDS / 10
+    oldest = time.time() - DAEMON_HEARTBEAT_SECONDS
     return {kind: latest.get(daemon, 0.0) > oldest for kind, daemon in _DAEMONS.items()}
 
 
