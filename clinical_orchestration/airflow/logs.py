@@ -1,4 +1,4 @@
-"""Logs of task instances: the event log of their step, as lines of text."""
+"""Logs of task instances: the events of their step, and what it printed, as lines of text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import json
 import os
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from clinical_orchestration.airflow.runs import TaskInstance
 from clinical_orchestration.airflow.states import FINISHED
+from clinical_orchestration.airflow.step_output import OutputPosition, read_output
 
 if TYPE_CHECKING:
     from dagster import EventLogRecord
@@ -23,7 +24,16 @@ if TYPE_CHECKING:
     from clinical_orchestration.airflow.control import Control
 
 _CHUNK = 1000
+_OUTPUT_BYTES = 1 << 20
 _LEVELS = {10: "DEBUG", 20: "INFO", 30: "WARNING", 40: "ERROR", 50: "CRITICAL"}
+
+
+@dataclass(frozen=True)
+class LogPosition:
+    """How much of a log was read: up to which event, by its number, and how much of the output."""
+
+    event: int = 0
+    output: OutputPosition = field(default_factory=OutputPosition)
 
 
 @dataclass(frozen=True)
@@ -32,12 +42,12 @@ class LogChunk:
 
     host: str
     text: str
-    position: int
+    position: LogPosition
     finished: bool
 
 
 class LogReader:
-    """Reads the logs of task instances from the event log of the instance."""
+    """Reads the logs of task instances: the event log of the instance, and the output that it captured."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
@@ -45,37 +55,48 @@ class LogReader:
         # another process of the same deployment, or this one after a restart, takes the same tokens
         self._key = hashlib.sha256(b"log-token" + given.encode()).digest() if given else secrets.token_bytes(32)
 
-    def read(self, task: TaskInstance, number: int, position: int = 0) -> LogChunk:
-        """Return the log of one attempt from a position on; empty where there was no such attempt.
+    def read(
+        self, task: TaskInstance, number: int, position: LogPosition | None = None, *, whole: bool = False
+    ) -> LogChunk:
+        """Return the log of one attempt from a position on: events, then output; empty where there was no such attempt.
 
         Start and end markers have the events of the run itself that are of no step.
-        """
-        tries = [one for one in self._control.runs.tries(task.run, task.task_id) if one.number == number]
-        if not tries:
-            finished = task.run.state in FINISHED
-            return LogChunk("", "" if position else f"*** No logs: attempt {number} did not take place.\n", 1, finished)
-        one = tries[0]
-        step = self._control.dag(task.run.dag_id).tasks[task.task_id].step
-        attempt_in_run = sum(
-            before.dagster_run_id == one.dagster_run_id and before.number <= number
-            for before in self._control.runs.tries(task.run, task.task_id)
-        )
-        lines, last = [], position
-        for record in self._records(one.dagster_run_id, position):
-            last = record.storage_id
-            if record.event_log_entry.step_key == step and (
-                step is None or _attempt_at(record, one.start_date, one.end_date)
-            ):
-                lines += _lines(record)
-        done = one.end_date is not None or attempt_in_run == 0
-        return LogChunk(task.run.dagster_run_id[:8], "".join(lines), last, done)
 
-    def token(self, position: int) -> str:
+        Args:
+            task: the task instance.
+            number: which attempt, from 1.
+            position: where to begin; None for the beginning.
+            whole: all of the output, else at most a mebibyte of each stream.
+        """
+        begin = position or LogPosition()
+        tries = {one.number: one for one in self._control.runs.tries(task.run, task.task_id)}
+        one = tries.get(number)
+        if one is None:
+            text = "" if position else f"*** No logs: attempt {number} did not take place.\n"
+            return LogChunk("", text, LogPosition(1), task.run.state in FINISHED)
+        step = self._control.dag(task.run.dag_id).tasks[task.task_id].step
+        before = tries.get(number - 1)
+        after = before.end_date if before is not None and before.dagster_run_id == one.dagster_run_id else None
+        lines, last = [], begin.event
+        for record in self._records(one.dagster_run_id, begin.event):
+            last = record.storage_id
+            if record.event_log_entry.step_key == step and (step is None or _between(record, after, one.end_date)):
+                lines += _lines(record)
+        ended, output = one.end_date is not None, begin.output
+        if step is not None:
+            printed, output = read_output(
+                self._control.instance(), step, one, output, None if whole else _OUTPUT_BYTES, ended
+            )
+            lines += printed
+        done = ended and (step is None or output.complete or not output.capture)
+        return LogChunk(task.run.dagster_run_id[:8], "".join(lines), LogPosition(last, output), done)
+
+    def token(self, position: LogPosition) -> str:
         """Return a signed token of a position."""
-        body = json.dumps({"position": position}).encode()
+        body = json.dumps({"position": position.event, "output": asdict(position.output)}).encode()
         return ".".join((_encode(body), _encode(self._sign(body))))
 
-    def position_of(self, token: str) -> int | None:
+    def position_of(self, token: str) -> LogPosition | None:
         """Return the position of a token; None where it was not made here."""
         try:
             body, signature = (base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in token.split("."))
@@ -83,7 +104,8 @@ class LogReader:
             return None
         if not hmac.compare_digest(signature, self._sign(body)):
             return None
-        return int(json.loads(body)["position"])
+        said = json.loads(body)
+        return LogPosition(int(said["position"]), OutputPosition(**said.get("output", {})))
 
     def _sign(self, body: bytes) -> bytes:
         return hmac.new(self._key, body, hashlib.sha256).digest()
@@ -101,10 +123,10 @@ class LogReader:
             cursor = found.cursor
 
 
-def _attempt_at(record: EventLogRecord, start: datetime | None, end: datetime | None) -> bool:
+def _between(record: EventLogRecord, after: datetime | None, end: datetime | None) -> bool:
+    """Say whether an event is of an attempt: what is said of a step before it starts belongs to the attempt, too."""
     at = datetime.fromtimestamp(record.event_log_entry.timestamp, UTC)
-    # what is said of a step before it starts belongs to its first attempt
-    return (start is None or at >= start or (start - at).total_seconds() < 0.05) and (end is None or at <= end)
+    return (after is None or at > after) and (end is None or at <= end)
 
 
 def _lines(record: EventLogRecord) -> list[str]:

@@ -278,17 +278,16 @@ class TaskRoutes:
         map_index = call.integer("map_index", -1)
         full = bool(call.boolean("full_content", False))
         token = call.text("token")
-        position = 0
+        position = None
         if token is not None:
-            decoded = self.logs.position_of(token)
-            if decoded is None:
+            position = self.logs.position_of(token)
+            if position is None:
                 raise bad_request("Bad Signature. Please use only the tokens provided by the API.")
-            position = decoded
         task = self._found(call)
         if task is None or map_index != -1:
             raise not_found("TaskInstance not found")
-        found = self.logs.read(task, number, 0 if full else position)
         wants_json = "application/json" in call.accept
+        found = self.logs.read(task, number, None if full else position, whole=full or not wants_json)
         if not wants_json:
             return found.text
         return {
