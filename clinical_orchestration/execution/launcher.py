@@ -125,7 +125,8 @@ class WarmRunLauncher(DefaultRunLauncher):
         }
         answer = self._ask(question)
         if isinstance(answer, ParentGoneError):
-            if self._meeting.workers.of(run.run_id) is not None:
+            worker = self._meeting.workers.of(run.run_id)
+            if worker is not None and (what == "launch" or worker.process.alive):
                 return ""  # it took the run before it went away; its successor says what became of it
             return str(answer)
         if "error" in answer:
@@ -154,7 +155,10 @@ class WarmRunLauncher(DefaultRunLauncher):
 
     def _say(self, run: DagsterRun, message: str) -> None:
         logger.warning("run %s: %s", run.run_id, message)
-        self._instance.report_engine_event(message, run, EngineEventData(), cls=type(self))
+        try:
+            self._instance.report_engine_event(message, run, EngineEventData(), cls=type(self))
+        except Exception:  # who launches would take the run, which may execute by now, for one that could not start
+            logger.exception("run %s: the event was not stored", run.run_id)
 
     # -- end
 

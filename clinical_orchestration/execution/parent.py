@@ -85,8 +85,7 @@ class Parent:
     def run(self) -> int:
         """Serve until a signal says otherwise; return the exit status: 1 when the code does not load."""
         self._meeting.make()
-        with contextlib.suppress(FileNotFoundError):
-            (self._meeting.folder / SOCKET).unlink()  # of a parent that was killed
+        self._meeting.clear()
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # runs of a version that was killed come here
         waker, woken = socket.socketpair()
         for one in (waker, woken):
@@ -147,6 +146,7 @@ class Parent:
             self._does_not_load(str(message["failed"]))
         elif "ready" in message and version is self._loading:
             self._meeting.publish(str(message["ready"]))
+            _tell(version, {"do": "adopt"})  # runs of a version that ended while this one was being loaded
             before, self._current, self._loading = self._current, version, None
             version.ready = True
             logger.info("ready: process %d starts runs", version.process.pid)

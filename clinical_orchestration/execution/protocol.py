@@ -52,6 +52,11 @@ class Meeting:
             raise PermissionError(f"{self.folder} belongs to another user; give the run launcher a folder of its own")
         self.folder.chmod(0o700)
 
+    def clear(self) -> None:
+        """Remove the sockets of processes that were killed; nobody else may be about to listen here."""
+        for path in self.folder.glob("*.sock"):
+            path.unlink(missing_ok=True)
+
     @contextmanager
     def _near(self, name: str) -> Iterator[str]:
         """Give a short path to a file of the folder."""

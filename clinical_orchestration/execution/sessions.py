@@ -1,4 +1,4 @@
-"""The end of everything that a run left behind.
+"""The end of everything that a process left behind.
 
 A run's process leads a session. Its steps, and what they start, are process groups of their own in it, so that a signal
 to the run's own group does not reach them; those that open a session of their own wish to live on, and do.
@@ -7,14 +7,21 @@ to the run's own group does not reach them; those that open a session of their o
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+_PR_SET_PDEATHSIG = 1
 _TRIES = 20
 _PAUSE_SECONDS = 0.005
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process, though not those that it forks, when the one that started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def kill_session(leader: int) -> int:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from clinical_orchestration.execution.protocol import Meeting, receive, send
-from clinical_orchestration.execution.sessions import kill_session
+from clinical_orchestration.execution.sessions import end_with_parent, kill_session
 from clinical_orchestration.execution.workers import Process, Worker
 
 if TYPE_CHECKING:
@@ -114,9 +114,9 @@ class Version:
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(self._control, selectors.EVENT_READ, self._obey)
+        send(self._control, {"ready": name})  # fails when the parent is gone: the runs are its successor's then
         self._adopt()
         self._fill()
-        send(self._control, {"ready": name})
         while not (self._leaving and self._idle):
             for key, _ in self._selector.select(self._next_timer()):
                 self._safely(key.data)
@@ -354,6 +354,7 @@ class Version:
 
     def _adopt(self) -> None:
         """Take over the runs whose parent is gone."""
+        self._meeting.workers.remove_drafts()
         for worker in self._meeting.workers:
             if worker.owner.alive:
                 continue
@@ -484,10 +485,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_code_options(parser)
     add_limit_options(parser)
     options = parser.parse_args(arguments)
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent gets them, and says what to do
         signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=options.control)
     control.set_inheritable(False)
+    with contextlib.suppress(BlockingIOError):
+        if not control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            return 1  # the parent ended before the kernel knew that this process wants to end with it
     try:
         from clinical_orchestration.execution.warm_up import warm_up
 

@@ -29,7 +29,7 @@ from dagster import (
 )
 from dagster._cli.api import _execute_run_command_body, _resume_run_command_body
 from dagster._core.code_pointer import ModuleCodePointer
-from dagster._core.events import JobFailureData, RunFailureReason
+from dagster._core.events import DagsterEventType, JobFailureData, RunFailureReason
 from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin, get_python_environment_entry_point
 from dagster._core.storage.dagster_run import DagsterRunStatus
 from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
@@ -37,6 +37,7 @@ from dagster._core.storage.runs.sql_run_storage import SqlRunStorage
 from dagster._core.storage.schedules.sql_schedule_storage import SqlScheduleStorage
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from dagster._grpc.server import LoadedRepositories
+from dagster._time import datetime_from_timestamp
 from dagster._utils.interrupts import capture_interrupts
 
 from clinical_orchestration.execution.origins import code_mark, instance_mark
@@ -48,6 +49,7 @@ REPORT_PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
 """Seconds between attempts to store how a run ended; the parent begins anew after the last."""
 
 _JOB = "warm_up"
+_ENDS = {DagsterEventType.RUN_SUCCESS, DagsterEventType.RUN_FAILURE, DagsterEventType.RUN_CANCELED}
 
 made: list[Warm] = []
 """What :func:`warm_up` made in this process, for who wants to know what a child had to do anew."""
@@ -124,12 +126,18 @@ class Warm:
 def store_end(instance: DagsterInstance, run_id: str, message: str) -> None:
     """Mark a run whose process is gone as cancelled or failed; one that was cancelled before is not a failure.
 
-    A run that Dagster's monitoring is set to resume is left to it.
+    A run whose own last event says how it ended has ended that way. A run that Dagster's monitoring is set to resume is
+    left to it.
     """
     run = instance.get_run_by_id(run_id)
     if run is None or run.is_finished:
         return
-    if run.status is DagsterRunStatus.CANCELING:
+    ends = instance.all_logs(run_id, of_type=_ENDS)
+    if ends:  # the process was killed between the two, or its connection was
+        last = ends[-1]
+        instance.run_storage.handle_run_event(run_id, last.get_dagster_event(), datetime_from_timestamp(last.timestamp))
+        instance.report_engine_event(f"{message} What the run had come to was stored; its state was not.", run)
+    elif run.status is DagsterRunStatus.CANCELING:
         instance.report_run_canceled(run, f"{message} The run was being cancelled.")
     elif (
         run.status is DagsterRunStatus.STARTED

@@ -91,7 +91,7 @@ class WorkerFiles:
 
     def add(self, worker: Worker) -> bool:
         """Note a run's process; return False when the run has one noted already."""
-        draft = self._folder / f".{worker.run_id}.{os.getpid()}"
+        draft = self._draft(worker.run_id)
         draft.write_text(json.dumps(asdict(worker)))
         try:
             os.link(draft, self._path(worker.run_id))  # whole or not at all, and never over another
@@ -103,13 +103,19 @@ class WorkerFiles:
 
     def give(self, worker: Worker, owner: Process) -> None:
         """Note that another process will say how a run's process ended."""
-        draft = self._folder / f".{worker.run_id}.{os.getpid()}"
+        draft = self._draft(worker.run_id)
         draft.write_text(json.dumps(asdict(replace(worker, owner=owner))))
         draft.replace(self._path(worker.run_id))
 
     def remove(self, run_id: str) -> None:
         """Forget a run's process."""
         self._path(run_id).unlink(missing_ok=True)
+
+    def remove_drafts(self) -> None:
+        """Remove what processes that were killed had begun to write."""
+        for name in os.listdir(self._folder):
+            if name.startswith(".") and Process.of(int(name.rpartition(".")[2])) is None:
+                (self._folder / name).unlink(missing_ok=True)
 
     def of(self, run_id: str) -> Worker | None:
         """Return what is noted of a run."""
@@ -128,6 +134,9 @@ class WorkerFiles:
             worker = None if name.startswith(".") else self.of(name)
             if worker is not None:
                 yield worker
+
+    def _draft(self, run_id: str) -> Path:
+        return self._folder / f".{run_id}.{os.getpid()}"
 
     def _path(self, run_id: str) -> Path:
         if not run_id or "/" in run_id or run_id.startswith("."):

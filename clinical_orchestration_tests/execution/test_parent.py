@@ -53,6 +53,20 @@ def test_code_that_does_not_load_at_all_ends_the_parent(world: World, tmp_path: 
     assert world.ping() is None
 
 
+@pytest.mark.parametrize("when", ["as it starts", "as it loads"])
+def test_a_version_ends_with_its_parent(world: World, tmp_path: Path, when: str) -> None:
+    """Else it could take over runs that the next parent looks for."""
+    loading = tmp_path / "loading"
+    code = f"import pathlib, time\npathlib.Path({str(loading)!r}).touch()\ntime.sleep(60)\n"
+    (tmp_path / "code" / "changing_code.py").write_text(code + GOOD)
+    world.start_parent(ready=False)
+    wait_for(lambda: len(world.processes()) == 2, 20, lambda: world.log)
+    if when == "as it loads":
+        wait_for(loading.exists, 20, lambda: world.log)
+    world.kill_parent()
+    wait_for(lambda: world.processes() == [], 5)
+
+
 def test_code_with_threads_is_not_forked(world: World, tmp_path: Path) -> None:
     threads = (
         "import threading, time\nthreading.Thread(target=time.sleep, args=(99,), name='busy', daemon=True).start()\n"

@@ -36,12 +36,13 @@ def three_steps() -> None:
 
 @dg.op(config_schema={"seconds": float, "stubborn": dg.Field(bool, default_value=False), "mark": str})
 def wait(context: dg.OpExecutionContext) -> None:
-    """Leave a mark, then sleep; a stubborn one does not listen to interrupts."""
-    Path(context.op_config["mark"]).write_text(str(os.getpid()))
+    """Leave a mark, then wait until it may go or time is over; a stubborn one does not listen to interrupts."""
+    mark = context.op_config["mark"]
+    Path(mark).write_text(str(os.getpid()))
     end = time.monotonic() + context.op_config["seconds"]
-    while time.monotonic() < end:
+    while time.monotonic() < end and not Path(f"{mark}.go").exists():
         try:
-            time.sleep(max(0.0, end - time.monotonic()))
+            time.sleep(0.02)
         except BaseException:
             if not context.op_config["stubborn"]:
                 raise
