@@ -74,10 +74,10 @@ def parts_of(own: bool, *, queued: bool = True) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def dagster_yaml(home: Path, *, own: bool, queued: bool) -> dict[str, Any]:
+def dagster_yaml(*, own: bool, queued: bool) -> dict[str, Any]:
     """Return the platform's own settings of an instance, with Dagster's parts or the platform's."""
     with parts_of(own, queued=queued):
-        text = starting.dagster_yaml((ROOT / "dagster.yaml").read_text(encoding="utf-8"), home)
+        text = starting.dagster_yaml((ROOT / "dagster.yaml").read_text(encoding="utf-8"))
     settings: dict[str, Any] = yaml.safe_load(text)
     if not queued:
         settings["run_coordinator"] = {"module": "dagster._core.run_coordinator", "class": "DefaultRunCoordinator"}
@@ -117,7 +117,7 @@ class Deployment:
         dagster_home = self.home / "dagster"
         dagster_home.mkdir(parents=True)
         (self.home / "storage").mkdir()
-        settings = dagster_yaml(self.home, own=self._own, queued=self._queued)
+        settings = dagster_yaml(own=self._own, queued=self._queued)
         (dagster_home / "dagster.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
         server = {"grpc_server": {"host": LOOPBACK, "port": self._code_port, "location_name": LOCATION}}
         (dagster_home / "workspace.yaml").write_text(yaml.safe_dump({"load_from": [server]}), encoding="utf-8")
@@ -174,6 +174,7 @@ class Deployment:
             "DAGSTER_HOME": str(self.home / "dagster"),
             "POSTGRES_URL": self._database,
             "CLINICAL_DAGSTER_STORAGE": str(self.home / "storage"),
+            starting.LAUNCHER_FOLDER: str(starting.meeting_folder(self.home)),
             "PYTHONPATH": str(ROOT),
         }
 

@@ -41,7 +41,7 @@ _SIDE_BY_SIDE = ("-n", str(min(2, os.cpu_count() or 1)), "--dist", "loadfile", "
 FOLLOW_SECONDS = 0.5
 _MORE_OF_THE_STACK = {
     "AWS_ALLOW_HTTP", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL", "CLINICAL_DAGSTER_STORAGE",
-    "CLINICAL_STORED_CONNECTIONS", "CLINICAL_CHECKOUT", "CLINICAL_HOME",
+    "CLINICAL_STORED_CONNECTIONS", "CLINICAL_CHECKOUT", "CLINICAL_HOME", "CLINICAL_LAUNCHER_FOLDER",
 }  # fmt: skip
 """What ``--env`` exports besides the names of ClientSettings and Dagster's own."""
 

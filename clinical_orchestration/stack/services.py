@@ -889,7 +889,7 @@ def prepare_dagster_home(settings: StackSettings) -> None:
     target = home / "dagster.yaml"
     if not source.exists():
         raise StackError(f"{source} is missing", "Restore it from the repository.")
-    text = starting.dagster_yaml(source.read_text(), settings.home).encode()
+    text = starting.dagster_yaml(source.read_text()).encode()
     if not target.exists() or target.read_bytes() != text:
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_bytes(text)
@@ -934,7 +934,7 @@ def _daemon_command(context: Context) -> list[str]:
 def _launcher_off(settings: StackSettings) -> StackError | None:
     if starting.own(starting.LAUNCHER):
         return None
-    return StackError("the code server starts runs", f"Set {starting.LAUNCHER}=warm to start them warm.")
+    return StackError("the code server starts runs", f"Without {starting.LAUNCHER}=default they start warm.")
 
 
 def _launcher_command(context: Context) -> list[str]:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field, PrivateAttr, SecretStr
 
 from clinical_orchestration.platform.clients import STORED_FIRST
 from clinical_orchestration.platform.crypto import FERNET_KEY, new_key
+from clinical_orchestration.stack import starting
 from clinical_orchestration.stack.model import StackError
 from clinical_orchestration.stack.ports import LOOPBACK, Reservations
 
@@ -283,6 +284,7 @@ class StackSettings(BaseModel):
             "DAGSTER_HOME": str(self.dagster_home),
             **{name: str(self.dagster_home / "workspace.yaml") for name in DAGSTER_WORKSPACE_VARIABLES},
             "CLINICAL_DAGSTER_STORAGE": str(self.home / "data" / "dagster"),
+            starting.LAUNCHER_FOLDER: str(starting.meeting_folder(self.home)),
             # a backfill leaves an event a day: written together they take a second, one by one a minute
             "DAGSTER_EVENT_BATCH_SIZE": "1000",
             "CLINICAL_KAFKA_ENABLED": "true" if self.kafka_installed else "false",

@@ -17,17 +17,16 @@ COORDINATOR = "CLINICAL_RUN_COORDINATOR"
 STORAGE = "CLINICAL_RUN_STORAGE"
 COMPUTE_LOGS = "CLINICAL_COMPUTE_LOGS"
 
+LAUNCHER_FOLDER = "CLINICAL_LAUNCHER_FOLDER"
+"""Where `dagster.yaml` finds :func:`meeting_folder`."""
+
 OWN: Mapping[str, str] = {LAUNCHER: "warm", COORDINATOR: "prompt", STORAGE: "pooled", COMPUTE_LOGS: "direct"}
-"""The variables, with the value that stands for the platform's own part; ``default`` stands for Dagster's."""
-
-
-_UNSET: Mapping[str, str] = {STORAGE: "pooled"}
-"""What a variable that is not set stands for, where that is not Dagster's part; as the checkout's `dagster.yaml`."""
+"""The variables, with the value that stands for the platform's own part, also when unset; ``default`` is Dagster's."""
 
 
 def own(variable: str) -> bool:
     """Return whether the platform's own part is wanted. Raises :class:`StackError` for a value that means nothing."""
-    value = os.environ.get(variable, "").strip() or _UNSET.get(variable, "default")
+    value = os.environ.get(variable, "").strip() or OWN[variable]
     if value not in (OWN[variable], "default"):
         raise StackError(f"{variable}={value} means nothing", f"Use {OWN[variable]} or default.")
     return value != "default"
@@ -38,38 +37,38 @@ def meeting_folder(home: Path) -> Path:
     return home / "run" / "launcher"
 
 
-def dagster_yaml(text: str, home: Path) -> str:
-    """Return the instance's settings with the parts that are wanted; the text itself when nothing differs.
+_STOCK: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
+    LAUNCHER: ("run_launcher", None),
+    COORDINATOR: ("run_coordinator", None),
+    STORAGE: ("storage", {"postgres": {"postgres_url": {"env": "POSTGRES_URL"}}}),
+    COMPUTE_LOGS: (
+        "compute_logs",
+        {
+            "module": "dagster._core.storage.local_compute_log_manager",
+            "class": "LocalComputeLogManager",
+            "config": {"base_dir": {"env": "CLINICAL_DAGSTER_STORAGE"}},
+        },
+    ),
+}
+"""For each variable the section of `dagster.yaml` that names the platform's own part, and the one for Dagster's."""
+
+
+def dagster_yaml(text: str) -> str:
+    """Return the instance's settings with the parts that are wanted.
 
     Args:
-        text: the checkout's `dagster.yaml`.
-        home: of the stack.
+        text: the checkout's `dagster.yaml`, which names all of the platform's own; it is returned as it is when none is
+            turned off.
     """
-    package = "clinical_orchestration.execution"
-    sections: dict[str, Any] = {}
-    if not own(STORAGE):
-        sections["storage"] = {"postgres": {"postgres_url": {"env": "POSTGRES_URL"}}}
-    if own(LAUNCHER):
-        sections["run_launcher"] = {
-            "module": f"{package}.launcher",
-            "class": "WarmRunLauncher",
-            "config": {"folder": str(meeting_folder(home))},
-        }
-    if own(COORDINATOR):
-        sections["run_coordinator"] = {
-            "module": f"{package}.coordinator",
-            "class": "QueuedRunCoordinator",
-            "config": {"dequeue_interval_seconds": 1},
-        }
-    if own(COMPUTE_LOGS):
-        sections["compute_logs"] = {
-            "module": f"{package}.compute_logs",
-            "class": "DirectComputeLogManager",
-            "config": {"base_dir": {"env": "CLINICAL_DAGSTER_STORAGE"}},
-        }
-    if not sections:
+    off = [variable for variable in OWN if not own(variable)]
+    if not off:
         return text
     import yaml
 
+    settings = yaml.safe_load(text)
+    for section, stock in (_STOCK[variable] for variable in off):
+        del settings[section]
+        if stock is not None:
+            settings[section] = dict(stock)
     head = "# Made from the checkout's dagster.yaml and the settings CLINICAL_RUN_* and CLINICAL_COMPUTE_LOGS.\n"
-    return head + yaml.safe_dump({**yaml.safe_load(text), **sections}, sort_keys=False)
+    return head + yaml.safe_dump(settings, sort_keys=False)

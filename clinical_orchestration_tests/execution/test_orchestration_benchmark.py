@@ -86,11 +86,11 @@ def test_many_steps_are_as_many_as_the_table_says() -> None:
         assert len(defs.resolve_job_def(f"many_{how}").graph.nodes) == MANY_STEPS
 
 
-def test_the_sides_differ_in_what_they_are_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sides_differ_in_what_they_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLINICAL_RUN_LAUNCHER", "default")
-    stock = dagster_yaml(tmp_path, own=False, queued=False)
-    ours = dagster_yaml(tmp_path, own=True, queued=False)
-    queued = dagster_yaml(tmp_path, own=True, queued=True)
+    stock = dagster_yaml(own=False, queued=False)
+    ours = dagster_yaml(own=True, queued=False)
+    queued = dagster_yaml(own=True, queued=True)
     assert "clinical_orchestration" not in str(stock)
     assert "run_launcher" not in stock
     assert stock["storage"] == {"postgres": {"postgres_url": {"env": "POSTGRES_URL"}}}

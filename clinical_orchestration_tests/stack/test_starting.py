@@ -28,10 +28,10 @@ def _nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_with_all_off_it_is_stock_dagster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (checkout() / "dagster.yaml").read_text()
-    assert starting.dagster_yaml(text, tmp_path) == text, "unset, the settings are those of the file"
+    assert starting.dagster_yaml(text) == text, "unset, the settings are those of the file"
     for variable in starting.OWN:
         monkeypatch.setenv(variable, "default")
-    stock = starting.dagster_yaml(text, tmp_path)
+    stock = starting.dagster_yaml(text)
     assert "clinical_orchestration.execution" not in stock
     assert list(yaml.safe_load(stock)["storage"]) == ["postgres"]
     context = services.Context(StackSettings.load(tmp_path))
@@ -41,13 +41,13 @@ def test_with_all_off_it_is_stock_dagster(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("variable", starting.OWN)
-def test_each_part_is_replaced_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+def test_each_part_is_replaced_alone(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     text = (checkout() / "dagster.yaml").read_text()
     for other in starting.OWN:
         monkeypatch.setenv(other, "default")
-    before = yaml.safe_load(starting.dagster_yaml(text, tmp_path))
+    before = yaml.safe_load(starting.dagster_yaml(text))
     monkeypatch.setenv(variable, starting.OWN[variable])
-    after = yaml.safe_load(starting.dagster_yaml(text, tmp_path))
+    after = yaml.safe_load(starting.dagster_yaml(text))
     changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
     assert changed == {SECTIONS[variable]}
     section = after[SECTIONS[variable]]
@@ -61,9 +61,7 @@ def test_a_value_that_means_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) 
         starting.own(starting.LAUNCHER)
 
 
-def test_what_the_stack_starts_is_what_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable, value in starting.OWN.items():
-        monkeypatch.setenv(variable, value)
+def test_what_the_stack_starts_is_what_the_file_names(tmp_path: Path) -> None:
     settings = StackSettings.load(tmp_path)
     services.prepare_dagster_home(settings)
     written = yaml.safe_load((settings.dagster_home / "dagster.yaml").read_text())
@@ -71,5 +69,6 @@ def test_what_the_stack_starts_is_what_was_chosen(tmp_path: Path, monkeypatch: p
     context = services.Context(settings)
     assert services._launcher_off(settings) is None
     command = services._launcher_command(context)
-    assert written["run_launcher"]["config"]["folder"] == command[command.index("--folder") + 1]
+    folder = settings.environment()[written["run_launcher"]["config"]["folder"]["env"]]
+    assert folder == command[command.index("--folder") + 1]
     assert services._daemon_command(context)[2] == "clinical_orchestration.execution.coordinator"
