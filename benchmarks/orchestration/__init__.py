@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MANY_STEPS = 1000
-EVEN, ODD = "even_minutes", "odd_minutes"
+SCHEDULE = "every_minute"
 
 
 def say(message: str) -> None:

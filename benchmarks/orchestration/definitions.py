@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dagster as dg
 
-from benchmarks.orchestration import EVEN, MANY_STEPS, ODD
+from benchmarks.orchestration import MANY_STEPS, SCHEDULE
 from clinical_orchestration.contract import CLINICAL_DATA_PIPELINE
 from clinical_orchestration.execution.steps import forked_executor
 
@@ -55,9 +55,5 @@ defs = dg.Definitions(
         *(pipeline.to_job(f"pipeline_{name}", executor_def=executor) for name, executor in EXECUTORS.items()),
         *(many_steps.to_job(f"many_{name}", executor_def=EXECUTORS[name]) for name in ("in_process", "forked")),
     ],
-    # one side has the even minutes and the other the odd ones, so that neither waits for the other's run
-    schedules=[
-        dg.ScheduleDefinition(name=EVEN, job=three, cron_schedule="*/2 * * * *", execution_timezone="UTC"),
-        dg.ScheduleDefinition(name=ODD, job=three, cron_schedule="1-59/2 * * * *", execution_timezone="UTC"),
-    ],
+    schedules=[dg.ScheduleDefinition(name=SCHEDULE, job=three, cron_schedule="* * * * *", execution_timezone="UTC")],
 )
