@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_every_imported_package_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {
         line.split("[")[0].split("=")[0].split(">")[0].split("<")[0].split("~")[0].strip().lower().replace("_", "-")
-        for line in project["dependencies"]
+        for line in [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
     }
     owners = packages_distributions()
     undeclared = {

@@ -1,4 +1,6 @@
-"""Small jobs for the tests of forked steps, and a run worker that runs them: `python -m ... <folder of the instance>`.
+"""Small jobs for the tests of forked steps, and a run worker that runs them.
+
+It is started by `python -m ... <folder of the instance> [module of the definitions]`.
 
 The worker reads a job's name and its configuration from each line of its input, and answers with the run's id when it
 has made the run and with the state the run ended in.
@@ -23,7 +25,7 @@ from clinical_orchestration.execution.steps import forked_executor
 EXECUTOR = forked_executor.configured({"max_concurrent": 3, "seconds_to_stop": 1.0})
 
 
-def _note(context: Any, text: str) -> None:
+def note(context: Any, text: str) -> None:
     """Write a line that outlives the process: who says what."""
     folder = Path(os.environ["STEPS_NOTES"])
     with (folder / context.run_id).open("a") as notes:
@@ -121,14 +123,14 @@ def retried() -> None:
 def sleeps(context: dg.OpExecutionContext) -> None:
     """Sleep for long, with a process of its own; a deaf one does not stop when it is told."""
     child = subprocess.Popen(["sleep", "600"])
-    _note(context, f"{os.getpid()} {child.pid}")
+    note(context, f"{os.getpid()} {child.pid}")
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             time.sleep(5)
         except BaseException:
             if not context.op_config["deaf"]:
-                _note(context, "cleaned up")
+                note(context, "cleaned up")
                 raise
 
 
@@ -286,21 +288,21 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _work(folder: str) -> None:
+def _work(folder: str, module: str) -> None:
     from dagster._core.definitions.reconstruct import ReconstructableRepository
     from dagster._core.execution.api import execute_run_iterator
     from dagster._utils.interrupts import setup_interrupt_handlers
 
     setup_interrupt_handlers()
-    repository = ReconstructableRepository.for_module(
-        "clinical_orchestration_tests.execution.steps_world", "DEFINITIONS"
-    )
+    repository = ReconstructableRepository.for_module(module, "DEFINITIONS", str(Path(__file__).resolve().parents[2]))
     with dg.DagsterInstance.from_config(folder) as instance:
         _say("ready")
         for line in sys.stdin:
             name, config = json.loads(line)
             job = repository.get_reconstructable_job(name)
-            run = instance.create_run_for_job(job.get_definition(), run_config=config)
+            run = instance.create_run_for_job(
+                job.get_definition(), run_config=config, job_code_origin=job.get_python_origin()
+            )
             _say(run.run_id)
             for _ in execute_run_iterator(job, run, instance):
                 pass
@@ -309,4 +311,4 @@ def _work(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    _work(sys.argv[1])
+    _work(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "clinical_orchestration_tests.execution.steps_world")

@@ -52,9 +52,9 @@ class Worker:
         run_id = self.start(job, config)
         return Ran(self.line(), self.instance.all_logs(run_id))
 
-    def note(self, run_id: str, contains: str) -> list[str]:
+    def note(self, run_id: str, contains: str, seconds: float = 15) -> list[str]:
         """Wait for a line that a step noted, and return its words."""
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             place = self.notes / run_id
             for line in place.read_text().splitlines() if place.exists() else ():
@@ -99,8 +99,11 @@ class Ran:
 @pytest.fixture(scope="module")
 def home(postgres_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a `dagster.yaml` on a database of its own."""
-    url = new_database(postgres_env["POSTGRES_URL"], "steps")
-    folder = tmp_path_factory.mktemp("steps")
+    return made_home(new_database(postgres_env["POSTGRES_URL"], "steps"), tmp_path_factory.mktemp("steps"))
+
+
+def made_home(url: str, folder: Path) -> Path:
+    """Write a `dagster.yaml` into a folder and return it."""
     (folder / "notes").mkdir()
     (folder / "dagster.yaml").write_text(
         yaml.safe_dump(
@@ -125,13 +128,14 @@ def home(postgres_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-def _work(home: Path) -> Iterator[Worker]:
-    environment = {**os.environ, "STEPS_NOTES": str(home / "notes"), "DAGSTER_HOME": str(home)}
+def work(home: Path, *modules: str, **variables: str) -> Iterator[Worker]:
+    """Run a worker of the jobs in a module, with more variables in its environment."""
+    environment = {**os.environ, "STEPS_NOTES": str(home / "notes"), "DAGSTER_HOME": str(home), **variables}
     with (
         DagsterInstance.from_config(str(home)) as instance,
         (home / "stderr").open("a") as errors,
         subprocess.Popen(
-            [sys.executable, "-m", WORLD, str(home)],
+            [sys.executable, "-m", WORLD, str(home), *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -150,13 +154,13 @@ def _work(home: Path) -> Iterator[Worker]:
 @pytest.fixture(scope="module")
 def worker(home: Path) -> Iterator[Worker]:
     """A worker for the tests that let it live."""
-    yield from _work(home)
+    yield from work(home)
 
 
 @pytest.fixture
 def mortal(home: Path) -> Iterator[Worker]:
     """A worker of one test."""
-    yield from _work(home)
+    yield from work(home)
 
 
 def _lives(pid: int) -> bool:
