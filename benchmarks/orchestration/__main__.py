@@ -50,11 +50,12 @@ def about(options: argparse.Namespace, load: float, airflow: str) -> list[str]:
         f"`python -m benchmarks.orchestration{' --with-airflow' if airflow else ''} --rounds {options.rounds}` on "
         f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, everything on one machine and one PostgreSQL, "
         f"bytecode compiled on all sides. Load of the machine over the minute before: {load:.1f}.",
-        "Ours is this platform with `CLINICAL_RUN_LAUNCHER=warm`, pooled storage and direct compute logs; *through the "
-        "queue* adds the prompt run coordinator with its daemon. Beside it: stock Dagster of the same version on the "
-        f"same graph, without the run queue, which would add its interval{others}. Dagster is triggered by GraphQL, "
-        "Airflow by REST with a password; times are those of the run's own events or rows. The sides took turns in "
-        f"every round. Stock Dagster has {measuring.STOCK_BURST} runs at once instead of {measuring.BURST}: each is a "
+        "Ours is this platform's launcher, storage and compute logs, without the run queue; *through the queue* is the "
+        "whole of it as it comes, with the prompt run coordinator and its daemon. Beside it: stock Dagster of the same "
+        f"version on the same graph, without the run queue, which would add its interval{others}. Dagster is triggered "
+        "by GraphQL, Airflow by REST with a password; times are those of the run's own events or rows. The sides took "
+        "turns in every round, but for one run of 1,000 steps a side, and the ticks of schedules, which were the same "
+        f"minutes. Stock Dagster has {measuring.STOCK_BURST} runs at once instead of {measuring.BURST}: each is a "
         "process that imports everything, and memory bounds them.",
         "The idle daemons are those of whole stacks' levels with the platform's own schedules and sensors, on S3, "
         "Redis and PostgreSQL; the warm parent has the platform's code loaded, and its memory is the proportional set "
