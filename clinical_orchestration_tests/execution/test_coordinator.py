@@ -22,7 +22,7 @@ from dagster._core.storage.tags import PRIORITY_TAG
 from dagster._core.test_utils import create_run_for_test, instance_for_test
 from dagster._serdes import ConfigurableClass
 
-from clinical_orchestration.execution import coordinator
+from clinical_orchestration.execution import coordinator, storage
 from clinical_orchestration.execution.coordinator import LockedQueueDaemon, create_daemons, queue_lock
 from clinical_orchestration_tests.databases import execute, new_database
 
@@ -64,8 +64,9 @@ def database(postgres_env: dict[str, str]) -> str:
 
 
 def _settings(database: str, **concurrency: Any) -> dict[str, Any]:
+    pooled = {"module": storage.__name__, "class": "PooledPostgresStorage", "config": {"postgres_url": database}}
     return {
-        "storage": {"postgres": {"postgres_url": database}},
+        "storage": {"custom": pooled},
         "run_launcher": {"module": HERE, "class": "NotingLauncher"},
         "run_coordinator": {"module": coordinator.__name__, "class": "QueuedRunCoordinator"},
         "concurrency": concurrency,
@@ -73,9 +74,12 @@ def _settings(database: str, **concurrency: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _instance(database: str, folder: Path, **concurrency: Any) -> Iterator[DagsterInstance]:
+def _instance(database: str, folder: Path, *, stock: bool = False, **concurrency: Any) -> Iterator[DagsterInstance]:
     folder.mkdir(exist_ok=True)
-    with instance_for_test(temp_dir=str(folder), overrides=_settings(database, **concurrency)) as instance:
+    settings = _settings(database, **concurrency)
+    if stock:
+        settings["storage"] = {"postgres": {"postgres_url": database}}
+    with instance_for_test(temp_dir=str(folder), overrides=settings) as instance:
         yield instance
 
 
@@ -135,8 +139,9 @@ def test_a_run_that_need_not_wait_is_launched_at_once(database: str, tmp_path: P
         assert kinds == ["PIPELINE_ENQUEUED", "PIPELINE_STARTING"], "it was in the queue, as ever"
 
 
-def test_the_limit_of_runs_holds(database: str, tmp_path: Path) -> None:
-    with _instance(database, tmp_path, runs={"max_concurrent_runs": 2}) as instance:
+@pytest.mark.parametrize("stock", [False, True], ids=["pooled storage", "stock storage"])
+def test_the_limit_of_runs_holds(database: str, tmp_path: Path, stock: bool) -> None:
+    with _instance(database, tmp_path, stock=stock, runs={"max_concurrent_runs": 2}) as instance:
         states = [_submit(instance, _run(instance)) for _ in range(3)]
         assert states == [DagsterRunStatus.STARTING] * 2 + [DagsterRunStatus.QUEUED]
         done = instance.get_run_by_id(launched[0])
