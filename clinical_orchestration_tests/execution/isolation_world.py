@@ -108,6 +108,23 @@ def staying() -> None:
     stays()
 
 
+@dg.op
+def waits(context: dg.OpExecutionContext, pid: int) -> int:
+    """Go on when it is told."""
+    import time
+    from pathlib import Path
+
+    note(context, f"{os.getpid()} in {os.environ.get('IMAGE')}")
+    while not (Path(os.environ["STEPS_NOTES"]) / f"{context.run_id}-go").exists():
+        time.sleep(0.05)
+    return pid
+
+
+@dg.job(executor_def=forked_executor)
+def outliving() -> None:
+    back(waits(near()))
+
+
 DEFINITIONS = dg.Definitions(
     assets=[first, second, nowhere],
     jobs=[
@@ -115,6 +132,7 @@ DEFINITIONS = dg.Definitions(
         interrupted,
         contained,
         staying,
+        outliving,
         dg.define_asset_job("together", [first, second], executor_def=EXECUTOR),
         dg.define_asset_job("unknown", [first, nowhere], executor_def=EXECUTOR),
     ],

@@ -2,8 +2,8 @@
 
 It is started by `python -m ... <folder of the instance> [module of the definitions]`.
 
-The worker reads a job's name and its configuration from each line of its input, and answers with the run's id when it
-has made the run and with the state the run ended in.
+The worker reads a job's name and its configuration, or the id of a run to resume, from each line of its input, and
+answers with the run's id when it has made the run and with the state the run ended in.
 """
 
 import ctypes
@@ -300,11 +300,12 @@ def _work(folder: str, module: str) -> None:
         for line in sys.stdin:
             name, config = json.loads(line)
             job = repository.get_reconstructable_job(name)
-            run = instance.create_run_for_job(
+            again = instance.get_run_by_id(str(config))  # a run whose worker is gone
+            run = again or instance.create_run_for_job(
                 job.get_definition(), run_config=config, job_code_origin=job.get_python_origin()
             )
             _say(run.run_id)
-            for _ in execute_run_iterator(job, run, instance):
+            for _ in execute_run_iterator(job, run, instance, resume_from_failure=again is not None):
                 pass
             ended = instance.get_run_by_id(run.run_id)
             _say(ended.status.value if ended else "gone")

@@ -8,18 +8,23 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import dagster as dg
 import psutil
 import pytest
 import yaml
 from dagster import DagsterEventType, DagsterInvalidDefinitionError
+from dagster._config import process_config
+from dagster._core.event_api import EventLogCursor
+from dagster._core.execution.api import create_execution_plan
 
-from clinical_orchestration.execution import isolation
+from clinical_orchestration.execution import isolation, steps
 from clinical_orchestration.execution.isolation import DOCKER, EXECUTOR_TAG, KUBERNETES, runs_in
 from clinical_orchestration_tests.databases import new_database
 from clinical_orchestration_tests.execution.container_stand_ins import Docker, Kubernetes, StandIn, serving
-from clinical_orchestration_tests.execution.isolation_world import CONTAINER
+from clinical_orchestration_tests.execution.isolation_world import CONTAINER, contained
 from clinical_orchestration_tests.execution.test_steps import Ran, Worker, made_home, work
 from clinical_orchestration_tests.execution.warm_world import ROOT, wait_for
 
@@ -51,11 +56,21 @@ def engines(home: Path) -> Iterator[dict[str, StandIn]]:
         yield {DOCKER: docker, KUBERNETES: kubernetes}
 
 
-@pytest.fixture(scope="module")
-def worker(home: Path, engines: dict[str, StandIn]) -> Iterator[Worker]:
-    """A worker that knows where Docker is."""
+def _work(home: Path, engines: dict[str, StandIn]) -> Iterator[Worker]:
     docker = engines[DOCKER].url.replace("http:", "tcp:")
     yield from work(home, WORLD, DOCKER_HOST=docker, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1", GREETING="hello")
+
+
+@pytest.fixture(scope="module")
+def worker(home: Path, engines: dict[str, StandIn]) -> Iterator[Worker]:
+    """A worker that knows where Docker is, for the tests that let it live."""
+    yield from _work(home, engines)
+
+
+@pytest.fixture
+def mortal(home: Path, engines: dict[str, StandIn]) -> Iterator[Worker]:
+    """A worker of one test."""
+    yield from _work(home, engines)
 
 
 def _config(worker: Worker, choice: str) -> dict[str, Any]:
@@ -201,3 +216,85 @@ def test_docker_may_be_away_for_a_while(worker: Worker, engines: dict[str, Stand
 
     assert worker.line() == "FAILURE"
     assert "Return code is -9" in Ran("FAILURE", worker.instance.all_logs(run_id)).failure("stays")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_with_its_container(mortal: Worker, worker: Worker, engines: dict[str, StandIn]) -> None:
+    run_id = mortal.start("outliving", _config(mortal, DOCKER))
+    [_, pid, *_] = mortal.note(run_id, "waits", 60)
+    mortal.process.kill()
+    mortal.process.wait()
+    assert psutil.pid_exists(int(pid))
+
+    assert worker.start("outliving", run_id) == run_id
+    (worker.notes / f"{run_id}-go").touch()
+
+    ran = Ran(worker.line(), worker.instance.all_logs(run_id))
+    assert ran.status == "SUCCESS", ran.why()
+    assert [one.step_key for one in ran.events(DagsterEventType.STEP_START)] == ["near", "waits", "back"]
+    assert {one.pid for one in ran.events(DagsterEventType.STEP_START, "waits")} == {int(pid)}
+
+
+class Log:
+    """An event log of one run, whose events can appear out of turn."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def get_records_for_run(self, run_id: str, cursor: str | None, limit: int) -> Any:
+        after = EventLogCursor.parse(cursor).storage_id() if cursor else 0
+        numbers = [number for number in sorted(self.numbers) if number > after]
+        entry = SimpleNamespace(dagster_event=object())
+        return SimpleNamespace(
+            records=[SimpleNamespace(storage_id=number, event_log_entry=entry) for number in numbers[:limit]],
+            has_more=len(numbers) > limit,
+        )
+
+
+def test_an_event_that_appears_late_is_followed_and_none_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "_PAGE", 2)
+    now = [100.0]
+    monkeypatch.setattr(isolation.time, "monotonic", lambda: now[0])
+    log = Log()
+    stored = isolation.StoredEvents(log, "run")  # type: ignore[arg-type]
+
+    def after(seconds: float, *numbers: int) -> list[int]:
+        now[0] += seconds
+        log.numbers += numbers
+        return [number for number, _ in stored.new()]
+
+    assert after(0, 1, 2, 5) == [1, 2, 5]
+    assert after(5, 4) == [4]
+    assert after(1) == []
+    assert after(5, 6) == [6]
+    assert after(5, 7) == [7]
+    assert stored.newest == 7
+    assert after(20, 8) == [8]
+
+
+def test_assets_of_one_step_may_not_choose_differently() -> None:
+    @dg.multi_asset(specs=[dg.AssetSpec("a", tags=runs_in(DOCKER)), dg.AssetSpec("b", tags=runs_in(KUBERNETES))])
+    def both():  # type: ignore[no-untyped-def]
+        """Make two assets."""
+
+    @dg.multi_asset(specs=[dg.AssetSpec("c", tags=runs_in(DOCKER)), dg.AssetSpec("d")])
+    def one_of_two():  # type: ignore[no-untyped-def]
+        """Make two assets, one of which chooses."""
+
+    job = dg.Definitions(assets=[both, one_of_two]).resolve_implicit_global_asset_job_def()
+    steps = {step.key: step for step in create_execution_plan(job).step_dict.values()}
+    assert isolation.choice_of(steps["one_of_two"], job.asset_layer, isolation.FORKED) == DOCKER
+    with pytest.raises(DagsterInvalidDefinitionError, match=r"tags clinical/executor differ \(docker, kubernetes\)"):
+        isolation.choice_of(steps["both"], job.asset_layer, isolation.FORKED)
+
+
+def test_no_container_is_started_where_the_worker_cannot_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "why_not_fork", lambda: "libraries have started threads")
+    plan = create_execution_plan(contained)
+    config = process_config(
+        steps.forked_executor.config_schema.config_type, {"steps": DOCKER, DOCKER: {"image": IMAGE}}
+    ).value
+    executor = steps.forked_executor.executor_creation_fn(SimpleNamespace(executor_config=config))  # type: ignore[misc]
+    context = SimpleNamespace(job=SimpleNamespace(get_definition=lambda: contained))
+    with pytest.raises(DagsterInvalidDefinitionError, match="libraries have started threads"):
+        list(executor.execute(context, plan))

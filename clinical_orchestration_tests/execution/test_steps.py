@@ -35,8 +35,8 @@ class Worker:
     instance: DagsterInstance
     notes: Path
 
-    def start(self, job: str, config: dict[str, Any] | None = None) -> str:
-        """Start a run and return its id."""
+    def start(self, job: str, config: dict[str, Any] | str | None = None) -> str:
+        """Start a run, or resume the one of an id, and return its id."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([job, config or {}]) + "\n")
         self.process.stdin.flush()
