@@ -17,6 +17,7 @@ import argparse
 import compileall
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="the page; the plot goes beside it")
     options = parser.parse_args()
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # whatever was started is ended on the way out
     with tempfile.TemporaryDirectory(prefix="clinical-orchestration-") as name:
         folder = Path(name)
         folder.chmod(0o755)  # PostgreSQL runs as another user when root measures
