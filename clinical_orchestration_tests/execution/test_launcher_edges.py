@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 from dagster import DagsterRunStatus
+from dagster._core.code_pointer import ModuleCodePointer
 from dagster._core.errors import DagsterLaunchFailedError
-from dagster._core.launcher import LaunchRunContext
-from dagster._core.storage.tags import GRPC_INFO_TAG
+from dagster._core.launcher import DefaultRunLauncher, LaunchRunContext
 from dagster._daemon.monitoring import RESUME_RUN_LOG_MESSAGE, execute_run_monitoring_iteration
 
 from clinical_orchestration.execution.launcher import WarmRunLauncher
 from clinical_orchestration_tests.databases import execute, new_database
-from clinical_orchestration_tests.execution import kills_definitions, warm_definitions
+from clinical_orchestration_tests.execution import kills_definitions
 from clinical_orchestration_tests.execution.kills_definitions import NOTES, STEPS, lines
 from clinical_orchestration_tests.execution.warm_world import World, wait_for, warm_world
 
@@ -187,6 +187,40 @@ def test_while_the_database_is_away_runs_go_on_and_ends_are_kept(parent: World, 
     assert parent.end_of(other) is DagsterRunStatus.SUCCESS
 
 
+@pytest.mark.parametrize("whose", ["code", "instance"])
+def test_runs_of_others_are_refused(parent: World, whose: str) -> None:
+    question = {"ask": "launch", "run_id": "anybodys", "instance": "another", "code": "another"}
+    if whose == "code":
+        from clinical_orchestration.execution.origins import instance_mark
+
+        question["instance"] = instance_mark(parent.instance)
+    answer = parent.meeting.ask(question, 10)
+    assert ("instance" in answer["foreign"]) is (whose == "instance")
+    assert parent.meeting.workers.of("anybodys") is None
+
+
+@pytest.mark.parametrize("other", ["module", "python"])
+def test_a_run_of_other_code_is_left_to_the_code_server(
+    parent: World, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    left: list[str] = []
+    monkeypatch.setattr(DefaultRunLauncher, "launch_run", lambda _, context: left.append(context.dagster_run.run_id))
+    run = parent.create("in_process", _config(0.0))
+    assert run.job_code_origin is not None
+    code = run.job_code_origin.repository_origin
+    if other == "python":
+        code = code._replace(executable_path="/another/python")
+    else:
+        code = code._replace(code_pointer=ModuleCodePointer("another", "defs", None))
+    run = run._replace(job_code_origin=run.job_code_origin._replace(repository_origin=code))
+    assert parent.context is not None
+    parent.instance.run_launcher.launch_run(LaunchRunContext(run, parent.context.create_request_context()))
+    assert left == [run.run_id]
+    assert parent.meeting.workers.of(run.run_id) is None
+    [message] = parent.messages(run.run_id)
+    assert "Not started warm: the run's code location is not the one that is loaded" in message
+
+
 def test_without_a_parent_no_run_is_resumed(parent: World) -> None:
     run_id = _launch(parent, 5.0)
     wait_for(lambda: _begun(parent, run_id) == ["first"], 20, lambda: parent.log)
@@ -200,30 +234,3 @@ def test_without_a_parent_no_run_is_resumed(parent: World) -> None:
         parent.instance.resume_run(run_id, parent.context.create_request_context(), 1)
     parent.start_parent()
     assert parent.end_of(run_id) is DagsterRunStatus.FAILURE
-
-
-@pytest.mark.parametrize("whose", ["code", "instance"])
-def test_runs_of_others_are_refused(parent: World, whose: str) -> None:
-    question = {"ask": "launch", "run_id": "anybodys", "instance": "another", "code": "another"}
-    if whose == "code":
-        from clinical_orchestration.execution.origins import instance_mark
-
-        question["instance"] = instance_mark(parent.instance)
-    answer = parent.meeting.ask(question, 10)
-    assert ("instance" in answer["foreign"]) is (whose == "instance")
-    assert parent.meeting.workers.of("anybodys") is None
-
-
-def test_a_run_of_other_code_is_started_by_the_code_server(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    world.stop_parent()
-    with monkeypatch.context() as patch:
-        patch.setattr(world, "module", warm_definitions.__name__)
-        world.start_parent()
-    run_id = _launch(world, 0.0)
-    wait_for(lambda: world.status(run_id) is DagsterRunStatus.SUCCESS, 60)
-    [message] = [message for message in world.messages(run_id) if "Not started warm" in message]
-    assert "the run's code location is not the one that is loaded" in message
-    run = world.instance.get_run_by_id(run_id)
-    assert run is not None
-    assert GRPC_INFO_TAG in run.tags
-    world.stop_parent()
