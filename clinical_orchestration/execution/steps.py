@@ -368,16 +368,17 @@ class _Run:
             self._begin(active.get_step_by_key(key), active, again=True)
 
     def _milliseconds(self, active: ActiveExecution, claims: InstanceConcurrencyContext) -> float | None:
-        if self._stop_by is not None:
-            return max(0.0, self._stop_by - time.monotonic()) * 1000 + 1
-        if claims.has_pending_claims():
-            return _CLAIM_SECONDS * 1000
-        pause = active.sleep_interval()  # type: ignore[no-untyped-call]
-        waits = [max(0.0, pause) * 1000 + 1] if pause else []
+        now, waits = time.monotonic(), []
         if self._in_containers:
-            waits.append(max(0.0, self._look_at - time.monotonic()) * 1000 + 1)
+            waits.append(self._look_at - now)
+        if self._stop_by is not None:
+            waits.append(self._stop_by - now)
+        elif claims.has_pending_claims():
+            waits.append(_CLAIM_SECONDS)
+        elif pause := active.sleep_interval():  # type: ignore[no-untyped-call]
+            waits.append(pause)
         if waits:
-            return float(min(waits))
+            return max(0.0, min(waits)) * 1000 + 1
         return None if self._busy else 0
 
     @property
