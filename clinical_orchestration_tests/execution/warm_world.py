@@ -76,7 +76,7 @@ class World:
             )
         if ready:
             parent = self.parent
-            wait_for(lambda: parent.poll() is not None or self.ping() is not None, 60, lambda: self.log)
+            wait_for(lambda: parent.poll() is not None or self.ping() is not None, 120, lambda: self.log)
             assert parent.poll() is None, self.log
 
     def ping(self) -> dict[str, Any] | None:
