@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from dagster import DagsterEventType
 
+from clinical_orchestration.execution.compute_logs import DirectComputeLogManager
+
 if TYPE_CHECKING:
     from dagster import DagsterInstance
 
@@ -39,7 +41,8 @@ def read_output(
 ) -> tuple[list[str], OutputPosition]:
     """Return the lines that an attempt at a step printed since a position, and the next position.
 
-    Steps that share a process share its output; then it is given whole, and a line says so.
+    Steps that share a process share its output. Where the manager of the output does not know which part is whose, it
+    is given whole, and a line says so.
 
     Args:
         instance: knows where the output is.
@@ -58,21 +61,30 @@ def read_output(
     if position.capture != name:
         position = OutputPosition(name)
     manager = instance.compute_log_manager
+    key = manager.build_log_key_for_run(attempt.dagster_run_id, name)
+    span = None
     try:
-        data = manager.get_log_data(
-            manager.build_log_key_for_run(attempt.dagster_run_id, name),
-            manager.build_cursor(position.stdout, position.stderr),
-            most,
-        )
+        if others and isinstance(manager, DirectComputeLogManager):
+            span = manager.span_of(key, step, attempt.start_date.timestamp())
+            if span is None and not ended:  # it is noted just after the start is stored
+                return [], position
+        starts = (position.stdout, position.stderr)
+        if span is not None:
+            starts = (max(starts[0], span.starts[0]), max(starts[1], span.starts[1]))
+        data = manager.get_log_data(key, manager.build_cursor(*starts), most)
     except Exception as error:  # whatever holds the files says
         return [f"*** The output of this task cannot be read: {type(error).__name__}\n"], position
     lines: list[str] = []
     ends = []
     whole = True
-    for stream, start, printed in (
-        ("stdout", position.stdout, data.stdout or b""),
-        ("stderr", position.stderr, data.stderr or b""),
+    for stream, start, end, printed in zip(
+        ("stdout", "stderr"),
+        starts,
+        span.ends if span is not None and span.ends is not None else (None, None),
+        (data.stdout or b"", data.stderr or b""),
+        strict=True,
     ):
+        printed = printed if end is None else printed[: end - start]
         full = most is not None and len(printed) >= most
         whole = whole and not full
         if not ended or full:
@@ -83,7 +95,7 @@ def read_output(
             for line in printed.decode(errors="replace").splitlines()
             if f" - {attempt.dagster_run_id} - " not in line  # Dagster prints events, too, which are in the log already
         ]
-    if lines and others and not position.titled:
+    if lines and others and span is None and not position.titled:
         lines.insert(0, f"*** Output of the process that also ran: {', '.join(others)}\n")
     return lines, OutputPosition(name, ends[0], ends[1], position.titled or bool(lines), ended and whole)
 

@@ -3,11 +3,14 @@
 The stock manager starts four processes for each capture, so that the output also reaches the run worker's own. Here
 descriptors 1 and 2 are the files while a capture lasts: output of Python, of C libraries and of child processes is
 readable at once, costs no process, and does not appear in the log of the service that started the run.
+
+Steps that run in one process share its output; where each begins and ends in it is kept beside it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import threading
@@ -15,13 +18,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
+from dagster import DagsterEventType
 from dagster._core.storage.compute_log_manager import CapturedLogContext, ComputeIOType
 from dagster._core.storage.local_compute_log_manager import IO_TYPE_EXTENSION, LocalComputeLogManager
 from dagster._serdes import ConfigurableClassData
 
+if TYPE_CHECKING:
+    from dagster._core.events.log import EventLogEntry
+
 _DESCRIPTORS = (1, 2)
+_STARTS = frozenset({DagsterEventType.STEP_START, DagsterEventType.STEP_RESTARTED})
+_MARKS = "steps"
+_SAME_MOMENT = 0.001
+_ENDS = frozenset({DagsterEventType.STEP_SUCCESS, DagsterEventType.STEP_FAILURE, DagsterEventType.STEP_UP_FOR_RETRY})
+
+
+class StepSpan(NamedTuple):
+    """Where the output of one attempt at a step is in that of its process: bytes of both streams.
+
+    Attributes:
+        starts: where it begins, in standard output and standard error.
+        ends: where it ends; None while the step runs, or when its process was killed.
+    """
+
+    starts: tuple[int, int]
+    ends: tuple[int, int] | None
 
 
 @dataclass(eq=False)
@@ -94,6 +117,35 @@ def _by_line(stream: TextIO | Any, wanted: bool) -> bool:
 _descriptors = _Descriptors()
 
 
+class _Marks:
+    """Notes where steps begin and end in the output of their process, when it runs more than one."""
+
+    def __init__(self, path: Path, log_key: Sequence[str], capture: _Capture) -> None:
+        self._path = path
+        self._log_key = log_key
+        self._capture: _Capture | None = capture
+        self._shared = False
+
+    def close(self) -> None:
+        """Note no more: the capture ends."""
+        self._capture = None
+
+    def __call__(self, event: EventLogEntry) -> None:
+        """Take an event of the run."""
+        known = event.dagster_event
+        if known is None or self._capture is None:
+            return
+        if known.event_type is DagsterEventType.LOGS_CAPTURED:
+            data = known.logs_captured_data
+            self._shared = self._shared or (data.file_key == self._log_key[-1] and len(data.step_keys) > 1)
+        elif self._shared and known.event_type in _STARTS | _ENDS:
+            _flush()
+            sizes = [os.fstat(target).st_size for target in self._capture.targets]
+            mark = [known.step_key, event.timestamp, known.event_type in _STARTS, *sizes]
+            with contextlib.suppress(OSError), self._path.open("a") as marks:  # a full disk must not end the run
+                marks.write(json.dumps(mark) + "\n")
+
+
 class DirectComputeLogManager(LocalComputeLogManager):
     """Dagster's local compute logs without helper processes; takes the options of `LocalComputeLogManager`."""
 
@@ -113,12 +165,40 @@ class DirectComputeLogManager(LocalComputeLogManager):
         """
         with self._file(log_key, ComputeIOType.STDOUT) as out, self._file(log_key, ComputeIOType.STDERR) as err:
             capture = _Capture((out, err))
+            marks = _Marks(Path(self.get_captured_local_path(log_key, _MARKS)), log_key, capture)
+            if self.has_instance:
+                self._instance.add_event_listener(log_key[0], marks)
             _descriptors.give(capture)
             try:
                 yield CapturedLogContext(log_key)
             finally:
+                marks.close()
                 _descriptors.take_back(capture)
                 self.complete(log_key)
+
+    def span_of(self, log_key: Sequence[str], step: str, began: float) -> StepSpan | None:
+        """Return where the output of an attempt at a step is in that of its process.
+
+        Args:
+            log_key: the capture.
+            step: key of the step.
+            began: time of the event that says that the attempt began, in seconds since the epoch.
+
+        Returns:
+            None where it is not known: the process ran one step alone, or with another manager.
+        """
+        found = None
+        try:
+            lines = Path(self.get_captured_local_path(log_key, _MARKS)).read_text().splitlines()
+        except FileNotFoundError:
+            return None
+        for line in lines:
+            name, at, starts, out, err = json.loads(line)
+            if name == step and starts and abs(at - began) < _SAME_MOMENT:
+                found = StepSpan((out, err), None)
+            elif name == step and found is not None and found.ends is None:
+                found = found._replace(ends=(out, err))
+        return found
 
     def complete(self, log_key: Sequence[str]) -> None:
         """Say that no more will be written: readers that wait for more stop."""

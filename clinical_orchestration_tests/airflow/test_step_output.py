@@ -90,12 +90,14 @@ def _run_to(api: TestClient, state: str) -> None:
 
 
 @pytest.mark.integration
-def test_a_log_has_what_the_step_prints_while_it_runs(api: TestClient, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_log_has_what_the_step_prints_while_it_runs(
+    api: TestClient, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
+) -> None:
     with capfd.disabled():  # what is printed goes where it goes outside of tests
-        _talk(api)
+        _talk(api, knows_parts=request.node.callspec.id == "direct")
 
 
-def _talk(api: TestClient) -> None:
+def _talk(api: TestClient, *, knows_parts: bool) -> None:
     assert api.post("dags/talking/dagRuns", json={"dag_run_id": "said"}).status_code == 200
     assert talking_definitions.began.wait(20)
     place = "dags/talking/dagRuns/said/taskInstances/talks/logs/1"
@@ -106,7 +108,8 @@ def _talk(api: TestClient) -> None:
         assert time.monotonic() < deadline, text
         text, token = _part(api, place)
     assert "it talks 1" in text
-    assert "*** Output of the process that also ran: prepares\n" in text
+    assert ("*** Output of the process that also ran: prepares\n" in text) is not knows_parts
+    assert ("all is prepared" in text) is not knows_parts
     assert "half" not in text
     assert text.count("it talks 1") == 1, "what Dagster prints of its events is not output of the step"
     assert _part(api, place, token)[0] == ""
@@ -120,6 +123,9 @@ def _talk(api: TestClient) -> None:
     assert "***" not in text
     assert _part(api, place, token)[0] == ""
 
+    above = api.get(place.replace("talks", "prepares")).text
+    assert "[stdout] all is prepared\n" in above
+    assert ("words" in above) is not knows_parts
     whole = api.get(place).text
     assert whole.index("it talks 1") < whole.index("[stdout] first words") < whole.index("[stdout] last words")
 

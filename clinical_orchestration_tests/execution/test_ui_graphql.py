@@ -183,6 +183,7 @@ def test_a_run_is_launched_and_its_logs_are_seen_while_it_runs(ui: Ui, tmp_path:
         assert "it works" in log
         assert "[stdout] it has begun\n" in log
         assert "[stderr] this is a warning\n" in log
+        assert "***" not in log, "what is printed is known to be of this step, also when steps share a process"
 
         (tmp_path / "go").write_text("succeed")
         assert ui.end_of(run_id) == "SUCCESS"
