@@ -14,6 +14,7 @@ from clinical_orchestration.contract import (
     Pipeline,
 )
 from clinical_orchestration.defs import backfill, data_quality, monitoring, retraining
+from clinical_orchestration.execution.steps import shared_executor
 
 EXCLUSIVE_TAG = "clinical/exclusive"
 _EXCLUSIVE = {FEATURE_BACKFILL: CLINICAL_DATA_PIPELINE.name}
@@ -23,8 +24,8 @@ _EXCLUSIVE = {FEATURE_BACKFILL: CLINICAL_DATA_PIPELINE.name}
 def pipeline_job(pipeline: Pipeline, selection: dg.AssetSelection) -> dg.UnresolvedAssetJobDefinition:
     """Return the job of a pipeline over `selection`.
 
-    Steps run in the run's own process: most of them wait for Spark, MLflow or Redis, and starting a process for each
-    would take longer than their work on a trial of ordinary size.
+    Steps share the run's process, and with it a Spark session and what is imported: a step of its own process would
+    open and import both again. A run asks for isolated steps by ``execution: {config: {steps: forked}}``.
     """
     return dg.define_asset_job(
         pipeline.name,
@@ -35,7 +36,7 @@ def pipeline_job(pipeline: Pipeline, selection: dg.AssetSelection) -> dg.Unresol
             "owner": OWNER,
             EXCLUSIVE_TAG: _EXCLUSIVE.get(pipeline, pipeline.name),
         },
-        executor_def=dg.in_process_executor,
+        executor_def=shared_executor,
     )
 
 

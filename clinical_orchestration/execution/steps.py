@@ -489,7 +489,8 @@ class _Run:
             self._learn(process, event, active)
             if process.is_over():
                 process.done = True
-                _kill(process)
+                if self._stop_by is None and not process.stops:  # else it ends when its container has
+                    _kill(process)
 
     def _learn(self, process: _Process, event: DagsterEvent, active: ActiveExecution) -> None:
         if event.event_type is DagsterEventType.LOGS_CAPTURED:
@@ -545,10 +546,10 @@ class _Run:
             self._end_output(process)
         if process.error is not None or not process.done:
             error = process.error or _error(_how_it_ended(process, status, self._limits.seconds_to_stop))
-            if process.decided:
-                self._context.log.warning(f"After step {process.step.key} had ended: {error.message}")
-            else:
+            if not process.decided:
                 self._fail(process, error, active)
+            elif process.choice not in CONTAINERS:  # of which the step itself said that it was stopped
+                self._context.log.warning(f"After step {process.step.key} had ended: {error.message}")
         if not process.decided:
             active.verify_complete(self._context, process.step.key)
 
@@ -746,40 +747,42 @@ def _how_it_ended(process: _Process, status: int | None, seconds_to_stop: float)
     return f"The process of step {process.step.key} ended with status {status} and without a result"
 
 
-@dg.executor(
-    name="forked",
-    config_schema=Field(
-        {
-            "max_concurrent": Field(
-                Noneable(Int), default_value=None, description="Steps at the same time; empty: one a processor."
-            ),
-            "tag_concurrency_limits": get_tag_concurrency_limits_config(),  # type: ignore[no-untyped-call]
-            "seconds_to_stop": Field(
-                Float, default_value=SECONDS_TO_STOP, description="What a cancelled step has before it is killed."
-            ),
-            "steps": Field(
-                str,
-                default_value=FORKED,
-                description=f"Where steps run whose tags do not say it: {', '.join(CHOICES)}.",
-            ),
-            DOCKER: Field(dict, default_value={}, description="Containers: options of docker_executor."),
-            KUBERNETES: Field(dict, default_value={}, description="Pods: options of k8s_job_executor."),
-            "poll_seconds": Field(
-                Float, default_value=POLL_SECONDS, description="How often to ask what containers have stored."
-            ),
-            "health_seconds": Field(
-                Float, default_value=HEALTH_SECONDS, description="How often to ask whether a container still runs."
-            ),
-            "retries": get_retries_config(),  # type: ignore[no-untyped-call]
-            "step_dependency_config": get_step_dependency_config_field(),  # type: ignore[no-untyped-call]
-        },
-        description="Each step in a process forked from the run worker.",
-        default_value={},
-    ),
-    requirements=multiple_process_executor_requirements(),
-)
-def forked_executor(init_context: InitExecutorContext) -> Executor:
-    """Run each step in a process forked from the run worker, in parallel where the graph allows."""
+def _executor(name: str, default: str, description: str) -> dg.ExecutorDefinition:
+    return dg.executor(
+        name=name,
+        config_schema=Field(
+            {
+                "max_concurrent": Field(
+                    Noneable(Int), default_value=None, description="Steps at the same time; empty: one a processor."
+                ),
+                "tag_concurrency_limits": get_tag_concurrency_limits_config(),  # type: ignore[no-untyped-call]
+                "seconds_to_stop": Field(
+                    Float, default_value=SECONDS_TO_STOP, description="What a cancelled step has before it is killed."
+                ),
+                "steps": Field(
+                    str,
+                    default_value=default,
+                    description=f"Where steps run whose tags do not say it: {', '.join(CHOICES)}.",
+                ),
+                DOCKER: Field(dict, default_value={}, description="Containers: options of docker_executor."),
+                KUBERNETES: Field(dict, default_value={}, description="Pods: options of k8s_job_executor."),
+                "poll_seconds": Field(
+                    Float, default_value=POLL_SECONDS, description="How often to ask what containers have stored."
+                ),
+                "health_seconds": Field(
+                    Float, default_value=HEALTH_SECONDS, description="How often to ask whether a container still runs."
+                ),
+                "retries": get_retries_config(),  # type: ignore[no-untyped-call]
+                "step_dependency_config": get_step_dependency_config_field(),  # type: ignore[no-untyped-call]
+            },
+            description=description,
+            default_value={},
+        ),
+        requirements=multiple_process_executor_requirements(),
+    )(_made)
+
+
+def _made(init_context: InitExecutorContext) -> Executor:
     config: Mapping[str, Any] = init_context.executor_config
     return ForkedStepExecutor(
         RetryMode.from_config(config["retries"]) or RetryMode.ENABLED,
@@ -796,3 +799,10 @@ def forked_executor(init_context: InitExecutorContext) -> Executor:
         ),
         StepDependencyConfig.from_config(config.get("step_dependency_config")),
     )
+
+
+forked_executor = _executor("forked", FORKED, "Each step in a process forked from the run worker.")
+"""Runs each step in a process forked from the run worker, in parallel where the graph allows."""
+
+shared_executor = _executor("shared", IN_PROCESS, "Steps in the run worker; the setting `steps` isolates them.")
+"""Runs the steps one after the other in the run worker, unless a run, an asset or an op asks for another place."""

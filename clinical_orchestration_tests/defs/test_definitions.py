@@ -20,6 +20,12 @@ def test_definitions_are_loadable() -> None:
     dg.Definitions.validate_loadable(defs)
 
 
+@pytest.mark.parametrize(("asked", "where"), [({}, "in_process"), ({"steps": "forked"}, "forked")])
+def test_a_run_may_ask_for_isolated_steps(job: dg.JobDefinition, asked: dict[str, str], where: str) -> None:
+    config = dg.validate_run_config(job, {"execution": {"config": asked}})
+    assert config["execution"]["shared"]["steps"] == where
+
+
 def test_steps_carry_the_task_ids_of_the_contract(job: dg.JobDefinition) -> None:
     assert {node.name for node in job.graph.nodes} == set(CLINICAL_DATA_PIPELINE.steps)
 
