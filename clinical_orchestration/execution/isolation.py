@@ -171,7 +171,7 @@ class Containers:
                         raise StepContainerError(f"Step {step.key} does not run any more: {reason}")
         except DagsterExecutionInterruptedError:
             _exhaust(handler.terminate_step(context))
-            while not self._what_ails(handler, context):
+            while choice == KUBERNETES and not self._what_ails(handler, context):  # Docker has waited
                 time.sleep(POLL_SECONDS)
             raise
 
