@@ -330,7 +330,7 @@ class _Run:
                     continue
                 if self._take(process, active, process.inbox.frames()):
                     waiting.append(process)
-                if process is self._shared and process.done:
+                if process is self._shared and process.done and not process.idle:
                     self._step_ended(process, None, active)
                     process.idle = True
             if waiting:
