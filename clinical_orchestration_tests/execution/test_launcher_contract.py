@@ -26,6 +26,7 @@ from dagster._core.launcher.base import RunLauncher
 from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
 from dagster._core.run_coordinator.queued_run_coordinator import QueuedRunCoordinator
 from dagster._core.storage.event_log import EventLogStorage
+from dagster._core.storage.runs import RunStorage
 from dagster._core.system_config.objects import ResolvedRunConfig
 from dagster._daemon.controller import create_daemon_of_type, daemon_controller_from_instance
 from dagster._daemon.run_coordinator.queued_run_coordinator_daemon import QueuedRunCoordinatorDaemon
@@ -61,6 +62,8 @@ BODY = ["run_id", "instance", "write_stream_fn", "set_exit_code_on_failure"]
         (DagsterInstance.report_run_failed, ["self", "dagster_run", "message", "job_failure_data"]),
         (DagsterInstance.report_run_canceled, ["self", "dagster_run", "message"]),
         (DagsterInstance.count_resume_run_attempts, ["self", "run_id"]),
+        (DagsterInstance.all_logs, ["self", "run_id", "of_type"]),
+        (RunStorage.handle_run_event, ["self", "run_id", "event", "update_timestamp"]),
         (LoadedRepositories.__init__, [
             "self", "loadable_target_origin", "container_image", "entry_point", "container_context", "defs_state_info",
             "code_location_name",

@@ -164,7 +164,11 @@ def test_a_run_is_not_resumed_more_often_than_it_may_be(parent: World) -> None:
     assert parent.events(run_id, "PIPELINE_FAILURE") == 1
 
 
-def test_while_the_database_is_away_runs_go_on_and_ends_are_kept(parent: World, postgres_env: dict[str, str]) -> None:
+@pytest.mark.parametrize("attempts", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_while_the_database_is_away_runs_go_on_and_ends_are_kept(
+    parent: World, postgres_env: dict[str, str], attempts: int
+) -> None:
+    """The process that stores an end tries for most of a minute, and is followed by another one."""
     url = postgres_env["POSTGRES_URL"]
     killed, other = _launch(parent, 0.5), _launch(parent, 0.5)
     run = parent.instance.get_run_by_id(killed)
@@ -177,13 +181,17 @@ def test_while_the_database_is_away_runs_go_on_and_ends_are_kept(parent: World, 
     try:
         execute(url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{DATABASE}'")  # noqa: S608
         assert worker.process.signal(signal.SIGKILL)
-        wait_for(lambda: "is not currently accepting connections" in parent.log, 20, lambda: parent.log)
+        wait_for(lambda: parent.log.count(f"run {killed}: ") == attempts, 120, lambda: parent.log)
         time.sleep(0.5)
-        assert {one.run_id for one in parent.meeting.workers} == {killed, other}, "they are not forgotten"
+        assert killed in {one.run_id for one in parent.meeting.workers}, "it is not forgotten"
     finally:
         execute(url, f"ALTER DATABASE {DATABASE} ALLOW_CONNECTIONS true")
-    assert parent.end_of(killed) is DagsterRunStatus.FAILURE
+    assert parent.end_of(killed, 60) is DagsterRunStatus.FAILURE
     assert any("SIGKILL" in message for message in parent.messages(killed))
+    if attempts > 1:  # the other one could not wait for so long: it is to be resumed
+        wait_for(lambda: parent.meeting.workers.of(other) is None, 120, lambda: parent.log)
+        assert parent.status(other) is DagsterRunStatus.STARTED
+        _monitor(parent)
     assert parent.end_of(other) is DagsterRunStatus.SUCCESS
 
 
