@@ -176,6 +176,8 @@ class Deployment:
             "CLINICAL_DAGSTER_STORAGE": str(self.home / "storage"),
             starting.LAUNCHER_FOLDER: str(starting.meeting_folder(self.home)),
             "PYTHONPATH": str(ROOT),
+            # a machine that is busy otherwise makes figures worse, but does not end the measurement
+            "DAGSTER_GRPC_TIMEOUT_SECONDS": "600",
         }
 
     def _make_tables(self, dagster_home: Path) -> None:
