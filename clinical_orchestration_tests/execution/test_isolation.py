@@ -171,7 +171,7 @@ def test_a_step_runs_in_a_container_and_is_tried_again_in_another(
     assert not any(one.stopped for one in mine)
 
 
-@pytest.mark.parametrize("choice", [DOCKER, KUBERNETES])
+@pytest.mark.parametrize("choice", [DOCKER, pytest.param(KUBERNETES, marks=pytest.mark.slow)])
 def test_a_cancelled_run_stops_its_container(worker: Worker, engines: dict[str, StandIn], choice: str) -> None:
     run_id = worker.start("staying", _config(worker, choice))
     [_, pid, *_] = worker.note(run_id, "stays", 60)
@@ -208,6 +208,7 @@ def test_a_container_whose_watcher_is_killed_is_stopped(worker: Worker, engines:
     assert len(ran.events(DagsterEventType.STEP_FAILURE, "stays")) == 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_its_container(mortal: Worker, worker: Worker, engines: dict[str, StandIn]) -> None:
     run_id = mortal.start("outliving", _config(mortal, DOCKER))
     [_, pid, *_] = mortal.note(run_id, "waits", 60)
