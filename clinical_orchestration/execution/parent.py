@@ -273,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handed_on = [
         part
         for name in (
-            *("module_name", "python_file", "attribute", "working_directory", "location_name"),
+            *("module_name", "python_file", "attribute", "working_directory", "location_name", "preload"),
             *("runs", "spares", "cancel_seconds", "stop_seconds"),
         )
         if getattr(options, name) is not None

@@ -453,6 +453,7 @@ def add_code_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attribute", default=None, help="name of the definitions in there")
     parser.add_argument("--working-directory", default=None, help="as the code server has it")
     parser.add_argument("--location-name", default=None, help="name of the code location")
+    parser.add_argument("--preload", default=None, help="modules to import before the first run, separated by commas")
 
 
 def add_limit_options(parser: argparse.ArgumentParser) -> None:
@@ -502,6 +503,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             attribute=options.attribute,
             working_directory=options.working_directory,
             location_name=options.location_name,
+            preload=options.preload.split(",") if options.preload else (),
         )
         limits = Limits(options.runs, options.spares, options.cancel_seconds, options.stop_seconds)
         version = Version(Meeting(options.folder), control, warm, limits)

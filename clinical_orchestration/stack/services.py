@@ -937,12 +937,17 @@ def _launcher_off(settings: StackSettings) -> StackError | None:
     return StackError("the code server starts runs", f"Without {starting.LAUNCHER}=default they start warm.")
 
 
+PRELOADED = ("clinical_orchestration.platform.store", "clinical_orchestration.stores.spark_jobs", "minio")
+"""What the resources of every run import; the warm parent does so once."""
+
+
 def _launcher_command(context: Context) -> list[str]:
     return [
         *(sys.executable, "-m", "clinical_orchestration.execution.parent"),
         *("--folder", str(starting.meeting_folder(context.settings.home))),
         *("--module-name", "clinical_orchestration.definitions", "--location-name", "clinical_orchestration"),
         *("--working-directory", str(checkout()), "--watch", str(checkout() / "clinical_orchestration")),
+        *("--preload", ",".join(PRELOADED)),
     ]
 
 

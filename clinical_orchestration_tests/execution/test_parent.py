@@ -53,6 +53,19 @@ def test_code_that_does_not_load_at_all_ends_the_parent(world: World, tmp_path: 
     assert world.ping() is None
 
 
+def test_modules_are_imported_before_the_first_run(world: World, tmp_path: Path) -> None:
+    (tmp_path / "code" / "a_slow_module.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'imported')!r}).touch()\n"
+    )
+    world.start_parent("--preload", "colorsys,a_slow_module")
+    assert (tmp_path / "imported").exists()
+    world.stop_parent()
+    world.start_parent("--preload", "a_module_that_is_not_there", ready=False)
+    assert world.parent is not None
+    assert world.parent.wait(60) == 1
+    assert "No module named 'a_module_that_is_not_there'" in world.log
+
+
 @pytest.mark.parametrize("when", ["as it starts", "as it loads"])
 def test_a_version_ends_with_its_parent(world: World, tmp_path: Path, when: str) -> None:
     """Else it could take over runs that the next parent looks for."""
