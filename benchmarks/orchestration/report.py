@@ -124,7 +124,7 @@ def plot(figures: Figures, path: Path) -> None:
     axes.set_xlim(0.02, 3 * max(max(figures.values[END, side]) for side in sides))
     axes.set_xlabel("seconds from the trigger (logarithmic); bar: median, marks: single runs")
     axes.set_title("12 empty tasks", fontsize=10)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper right", fontsize=8)
     with mpl.rc_context({"svg.hashsalt": "orchestration", "svg.fonttype": "none"}):
         shape.savefig(path, metadata={"Date": None})
 
