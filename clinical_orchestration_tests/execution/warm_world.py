@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -211,6 +211,7 @@ def warm_world(
         instance = stack.enter_context(DagsterInstance.get())
         world = World(instance, home, meeting, mark=str(home), module=module)
         if code_server:
+            stack.callback(_end_code_server, home)
             target = ModuleTarget(module, attribute=None, working_directory=str(ROOT), location_name="warm")
             world.context = stack.enter_context(WorkspaceProcessContext(instance, target))
         try:
@@ -221,6 +222,18 @@ def warm_world(
             for process in left:
                 process.kill()
             psutil.wait_procs(left, 10)
+
+
+def _end_code_server(home: Path) -> None:
+    """See to it that the code server has ended: one that started a run ends only while there is a database."""
+    servers = []
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):
+            if any(str(home) in part for part in process.cmdline()):
+                servers.append(process)
+    _, alive = psutil.wait_procs(servers, 10)
+    for process in alive:
+        process.kill()
 
 
 __all__ = ["POOLED", "ROOT", "STOCK", "World", "json", "signal", "wait_for", "warm_world"]
